@@ -1,0 +1,184 @@
+"""One typed dataclass per command: its options, defaults and help. No torch, no numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gristmill.config.data import DataModule
+from gristmill.config.model import ModelConfig
+from gristmill.config.sections import AdamW, Auto, EvalArgs, LogArgs, Optimizer, TrainArgs
+
+Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
+LoggerName = Literal["none", "csv", "tensorboard", "wandb"]
+
+
+@dataclass(kw_only=True)
+class Pretrain:
+    """Train a model on text, from scratch or from a checkpoint; interrupted runs continue."""
+
+    model_name: str | None = None
+    """Architecture (`gristmill pretrain list`); the first word after the command."""
+    model_config: ModelConfig | None = None
+    """A custom architecture instead of a named one."""
+    data: DataModule | None = None
+    """What to train on: TextFiles, Jsonl, LitData, or module:Class."""
+    tokenizer_dir: str | None = None
+    """Directory of the tokenizer; found in a prepared dataset when unset."""
+    out_dir: str | None = None
+    """Directory of the run; unset: out/<model>-<data>-<n>."""
+    overwrite: bool = False
+    """Delete another run's state in out_dir first."""
+    initial_checkpoint_dir: str | None = None
+    """Start from the weights of this model directory."""
+    resume: bool | str = "auto"
+    """auto: continue the same run if it is in out_dir; true: require it; false: refuse an existing one; or a checkpoint directory to go on from."""
+    precision: Precision | Auto = "auto"
+    """auto: bf16-mixed where the processor has bf16 arithmetic, else 32-true."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device; auto: cuda, then mps, then cpu."""
+    devices: int | Auto = "auto"
+    """Number of devices."""
+    num_nodes: int = 1
+    """Number of machines."""
+    compile: Literal["auto", "off"] = "auto"
+    """auto: compile each block where a C++ compiler is found."""
+    deterministic: bool = False
+    """Only bitwise repeatable algorithms (CUDA; the CPU always is)."""
+    train: TrainArgs = field(default_factory=TrainArgs)
+    eval: EvalArgs = field(default_factory=EvalArgs)
+    log: LogArgs = field(default_factory=LogArgs)
+    optimizer: Optimizer = field(default_factory=AdamW)
+    """Optimizer and its learning rate."""
+    hook: str | None = None
+    """Your function, as module:name, called after every step with (run, stats)."""
+    logger_name: LoggerName = "none"
+    """Tracker beside metrics.jsonl, which is always written."""
+    seed: int = 42
+    """Seed of initialisation and randomness in training."""
+
+
+@dataclass(kw_only=True)
+class Prepare:
+    """Turn raw text into a dataset; interrupted work continues, finished work is left alone."""
+
+    layout: str | None = None
+    """What the input looks like: textfiles or jsonl (`gristmill prepare list`)."""
+    input_dir: str | None = None
+    """Folder or file of raw text."""
+    output_dir: str | None = None
+    """Directory of the dataset; with a validation split, of its train and val datasets."""
+    tokenizer_dir: str | None = None
+    """Directory (or file) of the tokenizer. `tokenizer_path` is accepted too."""
+    pattern: str | None = None
+    """Which files are taken, as a glob; unset: the layout's."""
+    text_field: str = "text"
+    """Name of the field that holds the text, for layouts with records."""
+    separator: str | None = None
+    """Text that parts a file into documents (textfiles); unset: a file is one document."""
+    val_fraction: float = 0.0
+    """Share of the text that goes to OUT/val, chosen by content; 0: no split."""
+    bos: Literal["auto", "none"] | int = "auto"
+    """Id put before each document: auto (the layout's custom), none, or an id."""
+    eos: Literal["auto", "none"] | int = "auto"
+    """Id put after each document: auto (the layout's custom), none, or an id."""
+    chunk_tokens: int | Auto = "auto"
+    """Tokens per chunk file; auto: 2^24, less for small inputs."""
+    engine: Literal["auto", "tokenizers", "fastokens"] = "auto"
+    """Tokenizing engine; auto: the fastest that passes the parity check."""
+    max_reject_fraction: float = 0.001
+    """Share of unreadable documents above which preparation fails."""
+    num_workers: int | Auto = "auto"
+    """Processes; auto: one per core. The bytes written are the same for any number."""
+    seed: int = 42
+    """Seed of the shuffle of documents inside a unit and of the validation split."""
+    overwrite: bool = False
+    """Replace another job's dataset in output_dir."""
+
+
+@dataclass(kw_only=True)
+class TokenizerTrain:
+    """Train a byte-level BPE tokenizer on raw text; the same input gives the same tokenizer."""
+
+    input_dir: str | None = None
+    """Folder or file of raw text."""
+    out_dir: str | None = None
+    """Directory for tokenizer.json and tokenizer_config.json."""
+    vocab_size: int = 32000
+    """Number of tokens, special tokens and 256 bytes included."""
+    layout: str = "textfiles"
+    """What the input looks like: textfiles or jsonl."""
+    pattern: str | None = None
+    """Which files are taken, as a glob; unset: the layout's."""
+    text_field: str = "text"
+    """Name of the field that holds the text, for layouts with records."""
+    bos_token: str | None = None
+    """Beginning-of-sequence token; unset: none."""
+    eos_token: str = "<|endoftext|>"
+    """End-of-text token."""
+    special_tokens: list[str] = field(default_factory=list)
+    """More special tokens."""
+    max_bytes: int = 1_000_000_000
+    """Text used at most; a larger input is sampled evenly."""
+    overwrite: bool = False
+    """Replace an existing tokenizer."""
+
+
+@dataclass(kw_only=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 50
+    """Tokens generated at most."""
+    temperature: float = 0.8
+    """0 takes the likeliest token; larger is more random."""
+    top_k: int | None = 50
+    """Choose among this many likeliest tokens."""
+    top_p: float = 1.0
+    """Choose among the likeliest tokens that hold this share of the probability."""
+    seed: int = 1234
+    """Seed of the choices."""
+
+
+@dataclass(kw_only=True)
+class Generate(Sampling):
+    """Continue a prompt with a model."""
+
+    checkpoint_dir: str | None = None
+    """Model directory of any kind; the first word after the command."""
+    prompt: str = "What food do llamas eat?"
+    """Text to continue."""
+    num_samples: int = 1
+    """How many continuations to write."""
+    precision: Precision | Auto = "auto"
+    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    compile: Literal["auto", "off"] = "off"
+    """auto: compile the decoding step."""
+
+
+@dataclass(kw_only=True)
+class Chat(Sampling):
+    """Talk with a model; Enter on an empty prompt leaves."""
+
+    checkpoint_dir: str | None = None
+    """Model directory of any kind; the first word after the command."""
+    system: str | None = None
+    """System prompt, for models whose chat template has one."""
+    multiline: bool = False
+    """Read prompts of several lines, ended by a line with a single dot."""
+    precision: Precision | Auto = "auto"
+    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Kind of device."""
+    compile: Literal["auto", "off"] = "off"
+    """auto: compile the decoding step."""
+
+
+@dataclass(kw_only=True)
+class Quickstart:
+    """Real text that is on every machine to a small model, in minutes, one stage after another."""
+
+    out_dir: str = "out/quickstart"
+    """Directory for tokenizer, dataset, run and model."""

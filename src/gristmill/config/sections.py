@@ -1,0 +1,98 @@
+"""The option groups that commands share. Docstrings are the help texts; no torch, no numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Auto = Literal["auto"]
+
+
+@dataclass(kw_only=True)
+class TrainArgs:
+    """Length, batches and schedule of training. `auto` fits the run; a typed value is checked."""
+
+    max_tokens: int | Auto = "auto"
+    """Stop after this many tokens; auto: one epoch unless another limit is given."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    max_time: str | None = None
+    """Stop after this much training time, for example 90s, 30m or 2h; restarts continue the count."""
+    epochs: float | None = None
+    """Stop after this many passes over the training set."""
+    global_batch_size: int | Auto = "auto"
+    """Samples per optimizer step over all devices; auto: fits length of the run."""
+    micro_batch_size: int | Auto = "auto"
+    """Samples per forward pass on one device; auto: the largest power of two that a dry run fits."""
+    max_seq_length: int | Auto = "auto"
+    """Tokens per sample; auto: the model's context, or less where the documents are shorter."""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Learning rate after warm-up: cosine, warm-up-stable-decay, linear or constant."""
+    lr_warmup_steps: int | Auto = "auto"
+    """Steps of linear warm-up; auto: 2 % of the run, at least one step, at most 2,000."""
+    lr_warmup_fraction: float | None = None
+    """Warm-up as a fraction of the run, instead of steps."""
+    lr_decay_fraction: float = 0.2
+    """Share of the run that the wsd schedule decays over."""
+    min_lr: float | Auto = "auto"
+    """Learning rate at the end of the schedule; auto: a tenth of the peak."""
+    max_norm: float | None = 1.0
+    """Gradient norm to clip to; null: no clipping."""
+    z_loss: float = 0.0
+    """Weight of the squared log-normaliser added to the loss; 0: off."""
+    tie_embeddings: bool | None = None
+    """Share input embedding and output head; unset: as the model defines it."""
+    save_interval: int | Auto = "auto"
+    """Steps between checkpoints; auto: a tenth of the run, at most 1,000 steps. Also every 10 minutes."""
+    keep_last: int = 3
+    """How many checkpoints stay on disk; at least 2."""
+    keep_every: int | None = None
+    """Also keep checkpoints whose step is a multiple of this."""
+    log_interval: int = 1
+    """Steps between rows of metrics."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient."""
+
+
+@dataclass(kw_only=True)
+class EvalArgs:
+    """Validation during training: always the same samples, every one once."""
+
+    interval: int | Auto = "auto"
+    """Steps between validations; auto: a tenth of the run, at most 1,000 steps."""
+    max_iters: int = 100
+    """Batches (of the global batch size) per validation at intervals."""
+    initial_validation: bool = True
+    """Validate before the first step."""
+    final_validation: bool = True
+    """Validate on the whole validation set after the last step."""
+
+
+@dataclass(kw_only=True)
+class LogArgs:
+    """Names for trackers that group runs."""
+
+    project: str | None = None
+    """Project, for trackers that have them."""
+    run: str | None = None
+    """Run name; unset: the run directory's name."""
+    group: str | None = None
+    """Group of runs, for trackers that have them."""
+
+
+class Optimizer:
+    """Base of the optimizer settings."""
+
+
+@dataclass(kw_only=True)
+class AdamW(Optimizer):
+    """AdamW (arXiv:1711.05101). Matrices decay; norms, biases and embeddings do not."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
