@@ -1,0 +1,183 @@
+"""The command line: a table of commands, each imported only when it runs; exit codes; no logic."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gristmill import __version__
+from gristmill.util.errors import Interrupted, RunError, UserError
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command's options and its function are, and what a bare call prints."""
+
+    config: str
+    run: str
+    summary: str
+    positionals: tuple[str, ...] = ()
+    listing: str | None = None
+
+
+COMMANDS = {
+    "quickstart": Command(
+        "gristmill.config.commands:Quickstart",
+        "gristmill.quickstart:quickstart",
+        "real text that is on every machine to a small model, in minutes",
+    ),
+    "tokenizer train": Command(
+        "gristmill.config.commands:TokenizerTrain",
+        "gristmill.data.tokenizer_command:main",
+        "train a byte-level BPE tokenizer on raw text",
+        ("input_dir",),
+    ),
+    "prepare": Command(
+        "gristmill.config.commands:Prepare",
+        "gristmill.data.prepare:prepare",
+        "raw text to a dataset, resumable",
+        ("layout",),
+        "gristmill.data.layouts:names",
+    ),
+    "pretrain": Command(
+        "gristmill.config.commands:Pretrain",
+        "gristmill.train.fit:pretrain",
+        "train a model, from scratch or continued, resumable",
+        ("model_name",),
+        "gristmill.models.zoo:names",
+    ),
+    "generate": Command(
+        "gristmill.config.commands:Generate",
+        "gristmill.infer.generate:generate",
+        "continue a prompt",
+        ("checkpoint_dir",),
+    ),
+    "chat": Command(
+        "gristmill.config.commands:Chat",
+        "gristmill.infer.chat:chat",
+        "talk with a model",
+        ("checkpoint_dir",),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 failure, 2 mistake, 128 + signal."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        if debug:
+            raise
+        _print_error(str(error))
+        if error.fix:
+            print(f"Try:\n  {corrected(words, error.fix)}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        if debug:
+            raise
+        _print_error(str(error))
+        return 1
+    except Interrupted as stop:
+        print(str(stop), file=sys.stderr)
+        return 128 + stop.signal_number
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`gristmill pretrain list | head`); not a failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            raise
+        _print_error(
+            f"{type(error).__name__}: {error}. This is a failure inside gristmill or your "
+            "machine; run again with --debug for where it happened."
+        )
+        return 1
+
+
+def corrected(words: Sequence[str], fix: dict[str, object]) -> str:
+    """The command with the options of `fix` put in (None: taken out)."""
+    kept: list[str] = []
+    skip = False
+    for i, word in enumerate(words):
+        name, equals, _ = word.partition("=")
+        if skip:
+            skip = False
+        elif name in fix:
+            skip = not equals and i + 1 < len(words) and not words[i + 1].startswith("--")
+        else:
+            kept.append(word)
+    added = [
+        part for name, value in fix.items() if value is not None for part in (name, str(value))
+    ]
+    return shlex.join(["gristmill", *kept, *added])
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version", "version"):
+        print(f"gristmill {__version__}")
+        return 0
+    name, rest = _command_name(words)
+    command = COMMANDS[name]
+    if command.listing and (not rest or rest == ["list"]):
+        print("\n".join(_load(command.listing)()))
+        return 0
+    from gristmill.config.parse import parse
+
+    config = parse(
+        _load(command.config), rest, prog=f"gristmill {name}", positionals=command.positionals
+    )
+    _load(command.run)(config)
+    return 0
+
+
+def _command_name(words: list[str]) -> tuple[str, list[str]]:
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return name, words[length:]
+    group = [name for name in COMMANDS if name.startswith(words[0] + " ")]
+    if group:
+        raise UserError(
+            f"`gristmill {words[0]}` needs a word more. Try: gristmill {group[0]} --help"
+        )
+    near = difflib.get_close_matches(words[0], COMMANDS, n=2, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`gristmill --help` lists them."
+    raise UserError(f"unknown command {words[0]!r}. {hint}")
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"gristmill {__version__}: raw text to a language model, one command per stage.",
+            "",
+            *rows,
+            "",
+            "`gristmill COMMAND --help` lists a command's options; --debug shows tracebacks.",
+        ]
+    )
+
+
+def _print_error(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)

@@ -1,0 +1,245 @@
+"""Typed settings from defaults, a recipe and options, left to right; and the way back to YAML.
+
+`jsonargparse` does the typing. Here are the spellings that users bring along (positional names,
+older option names, LitGPT's class paths) and error messages in one form.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from gristmill.config.data import DataModule
+from gristmill.config.recipes import load_recipe
+from gristmill.config.sections import Optimizer
+from gristmill.util.errors import UserError
+
+T = TypeVar("T")
+
+ALIASES = {
+    "--data.path": "--data.data_path",
+    "--tokenizer_path": "--tokenizer_dir",
+    "--checkpoint_path": "--checkpoint_dir",
+}
+"""Other spellings of an option, each from a tool whose users come here."""
+
+FOREIGN_CLASSES = {
+    "torch.optim.AdamW": "AdamW",
+    "torch.optim.adamw.AdamW": "AdamW",
+    "litgpt.data.TextFiles": "TextFiles",
+    "litgpt.data.LitData": "LitData",
+}
+"""Class paths in LitGPT's configuration files and what they are called here."""
+
+CODE_SETTINGS = ("hook",)
+"""Settings that name code to run; refused in a configuration that comes from a URL."""
+
+
+def parser_for(command: type, prog: str) -> ArgumentParser:
+    """The parser of one command: an option for every field of its dataclass, and `--config`."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        description=(command.__doc__ or "").strip(),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file, name of a bundled recipe, or URL; options after it override it.",
+    )
+    parser.add_class_arguments(command, as_group=False)
+    return parser
+
+
+def parse(command: type[T], argv: Sequence[str], *, prog: str, positionals: Sequence[str]) -> T:
+    """The command's dataclass, filled from `argv`; `positionals` names the bare words' fields.
+
+    Raises `UserError` for anything that does not fit, naming the option and the value.
+    """
+    parser = parser_for(command, prog)
+    arguments = normalise(argv, positionals)
+    try:
+        return _build(command, parser.instantiate(parser.parse_args(arguments)))
+    except ArgumentError as error:
+        raise _explain(error, parser, command, prog) from None
+
+
+def _build(command: type[T], namespace: Any) -> T:
+    """The dataclass out of the parser's namespace of already instantiated fields."""
+    names = {field.name for field in dataclasses.fields(command)}  # type: ignore[arg-type]
+    return command(**{key: value for key, value in vars(namespace).items() if key in names})
+
+
+def normalise(argv: Sequence[str], positionals: Sequence[str]) -> list[str]:
+    """Arguments in the one form the parser knows: `--option=value`, aliases and recipes resolved."""
+    arguments: list[str] = []
+    names = iter(positionals)
+    pending: str | None = None
+    for word in argv:
+        if pending is not None:
+            arguments.append(f"{pending}={_value(pending, word)}")
+            pending = None
+        elif word.startswith("-"):
+            option, equals, value = word.partition("=")
+            option = ALIASES.get(option, option)
+            if equals:
+                arguments.append(f"{option}={_value(option, value)}")
+            elif option in ("-h", "--help", "--print_config"):
+                arguments.append(option)
+            else:
+                pending = option
+        else:
+            name = next(names, None)
+            if name is None:
+                raise UserError(
+                    f"unexpected word {word!r}. Options start with --; a value follows its option."
+                )
+            arguments.append(f"--{name}={word}")
+    if pending is not None:
+        # `--data.help` alone is complete; any other option lacks its value and the parser says so.
+        arguments.append(pending)
+    return arguments
+
+
+def _value(option: str, value: str) -> str:
+    """The value of an option in the form the parser takes."""
+    if option == "--config":
+        return yaml.safe_dump(_adopt(load_recipe(value), from_url="://" in value), width=10**9)
+    if option == "--data" and Path(value).is_dir():
+        return '{"class_path": "LitData", "init_args": {"data_path": "%s"}}' % value
+    if option in ("--data", "--optimizer", "--data.help", "--optimizer.help"):
+        return FOREIGN_CLASSES.get(value, value).replace(":", ".") if "{" not in value else value
+    return value
+
+
+def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
+    """A configuration file's content in our words; LitGPT's files are taken as they are."""
+    for key in CODE_SETTINGS:
+        if from_url and config.get(key):
+            raise UserError(
+                f"the configuration names code to run ({key}: {config[key]}) but comes from a URL. "
+                "Download it, read it, and give the file to --config."
+            )
+    for key in ("data", "optimizer"):
+        section = config.get(key)
+        if isinstance(section, str):
+            config[key] = {"class_path": FOREIGN_CLASSES.get(section, section).replace(":", ".")}
+        elif isinstance(section, dict) and "class_path" in section:
+            name = str(section["class_path"])
+            if from_url and not _is_ours(name):
+                raise UserError(
+                    f"the configuration names code to run ({key}: {name}) but comes from a URL. "
+                    "Download it, read it, and give the file to --config."
+                )
+            section["class_path"] = FOREIGN_CLASSES.get(name, name).replace(":", ".")
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _is_ours(class_path: str) -> bool:
+    known = {cls.__name__ for cls in _subclasses(DataModule) | _subclasses(Optimizer)}
+    return (
+        class_path in FOREIGN_CLASSES
+        or class_path.removeprefix("gristmill.").split(".")[-1] in known
+    )
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain data of a command's dataclass; `to_yaml` of it, given to `--config`, is the same config."""
+    result: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, (DataModule, Optimizer)):
+            kind = type(value)
+            init = to_dict(value) if dataclasses.is_dataclass(value) else dict(vars(value))
+            value = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init}
+        elif dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        result[field.name] = value
+    return result
+
+
+def to_yaml(config: Any) -> str:
+    """The command's dataclass as YAML that `--config` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def _explain(error: ArgumentError, parser: ArgumentParser, command: type, prog: str) -> UserError:
+    """The parser's error in one line: which option, which value, what it takes."""
+    text = error.message
+    unknown = re.match(r"unrecognized arguments: (\S+)", text)
+    if unknown:
+        return _unknown_option(unknown[1].partition("=")[0], _options(parser), prog)
+    key = re.search(r'[Kk]ey "([^"]+)"', text)
+    if not key:
+        return UserError(f"{' '.join(text.split())}. See `{prog} --help`.")
+    option = f"--{key[1]}"
+    inner = re.search(r"Option '([^']+)' is not accepted", text)
+    if inner:
+        known = sorted(
+            f"{option}.{field.name}"
+            for cls in _subclasses(DataModule) | _subclasses(Optimizer)
+            if dataclasses.is_dataclass(cls) and f".{cls.__name__}'" in text
+            for field in dataclasses.fields(cls)
+        )
+        return _unknown_option(f"{option}.{inner[1]}", known, prog)
+    missing = re.search(r"following arguments are required: (.+)", text)
+    if missing:
+        names = ", ".join(f"{option}.{name.strip()}" for name in missing[1].split(","))
+        return UserError(f"{option} lacks a setting it needs. Add {names}.")
+    given = re.findall(r"Given value: (.+)", text)
+    value = given[-1] if given else text.splitlines()[-1].strip()
+    expected = sorted(set(re.findall(r"Expected an? (.+)", text)))
+    if option in ("--data", "--optimizer"):
+        base = DataModule if option == "--data" else Optimizer
+        classes = sorted(
+            c.__name__
+            for c in _subclasses(base)
+            if dataclasses.is_dataclass(c) and c.__name__ != "RawText"
+        )
+        near = difflib.get_close_matches(value, classes, n=1, cutoff=0.5)
+        return UserError(
+            f"{option} {value} is not known. Choose {', '.join(classes)}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + f"; `{prog} {option}.help NAME` lists its options. A class of your own is module:Class."
+        )
+    wanted = " or ".join(_plain(kind) for kind in expected) or "another kind of value"
+    return UserError(f"{option} {value} does not fit. It takes {wanted}; see `{prog} --help`.")
+
+
+def _plain(kind: str) -> str:
+    """A type as a person would say it."""
+    kind = kind.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    if kind.startswith("Literal["):
+        return ", ".join(part.strip().strip("'") for part in kind[8:-1].split(","))
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "NoneType": "null",
+    }
+    return names.get(kind, kind)
+
+
+def _options(parser: ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
+
+
+def _unknown_option(option: str, known: Sequence[str], prog: str) -> UserError:
+    near = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"`{prog} --help` lists the options."
+    return UserError(f"unknown option {option}. {hint}")
