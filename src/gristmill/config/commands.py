@@ -32,7 +32,7 @@ class Pretrain:
     initial_checkpoint_dir: str | None = None
     """Start from the weights of this model directory."""
     resume: bool | str = "auto"
-    """auto: continue the same run if it is in out_dir; true: require it; false: refuse an existing one; or a checkpoint directory to go on from."""
+    """auto: continue this run if out_dir has it; true: it must; false: it must not; or a checkpoint."""
     precision: Precision | Auto = "auto"
     """auto: bf16-mixed where the processor has bf16 arithmetic, else 32-true."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def _build(command: type[T], namespace: Any) -> T:
 
 
 def normalise(argv: Sequence[str], positionals: Sequence[str]) -> list[str]:
-    """Arguments in the one form the parser knows: `--option=value`, aliases and recipes resolved."""
+    """Arguments in the one form the parser knows: `--option=value`; aliases, recipes resolved."""
     arguments: list[str] = []
     names = iter(positionals)
     pending: str | None = None
@@ -115,7 +116,7 @@ def _value(option: str, value: str) -> str:
     if option == "--config":
         return yaml.safe_dump(_adopt(load_recipe(value), from_url="://" in value), width=10**9)
     if option == "--data" and Path(value).is_dir():
-        return '{"class_path": "LitData", "init_args": {"data_path": "%s"}}' % value
+        return json.dumps({"class_path": "LitData", "init_args": {"data_path": value}})
     if option in ("--data", "--optimizer", "--data.help", "--optimizer.help"):
         return FOREIGN_CLASSES.get(value, value).replace(":", ".") if "{" not in value else value
     return value
@@ -157,7 +158,7 @@ def _subclasses(cls: type) -> set[type]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain data of a command's dataclass; `to_yaml` of it, given to `--config`, is the same config."""
+    """Plain data of a command's dataclass, classes as `class_path` and `init_args`."""
     result: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -202,7 +203,9 @@ def _explain(error: ArgumentError, parser: ArgumentParser, command: type, prog: 
         names = ", ".join(f"{option}.{name.strip()}" for name in missing[1].split(","))
         return UserError(f"{option} lacks a setting it needs. Add {names}.")
     given = re.findall(r"Given value: (.+)", text)
+    string = re.search(r"dot import path string: (.+)", text)
     value = given[-1] if given else text.splitlines()[-1].strip()
+    value = string[1] if string else value
     expected = sorted(set(re.findall(r"Expected an? (.+)", text)))
     if option in ("--data", "--optimizer"):
         base = DataModule if option == "--data" else Optimizer
@@ -215,7 +218,7 @@ def _explain(error: ArgumentError, parser: ArgumentParser, command: type, prog: 
         return UserError(
             f"{option} {value} is not known. Choose {', '.join(classes)}"
             + (f" (did you mean {near[0]}?)" if near else "")
-            + f"; `{prog} {option}.help NAME` lists its options. A class of your own is module:Class."
+            + f"; `{prog} {option}.help NAME` lists its options. Your own class is module:Class."
         )
     wanted = " or ".join(_plain(kind) for kind in expected) or "another kind of value"
     return UserError(f"{option} {value} does not fit. It takes {wanted}; see `{prog} --help`.")

@@ -15,7 +15,7 @@ from gristmill.util.errors import UserError
 RECIPES_DIR = Path(__file__).parent.parent / "recipes"
 
 HUB_FOLDERS = ("/config_hub/", "config_hub/")
-"""Where LitGPT keeps its configurations: such a path or URL means the bundled recipe of that name."""
+"""Where LitGPT keeps its configurations; a path or URL in it means the bundled recipe."""
 
 
 def names() -> list[str]:

@@ -17,13 +17,13 @@ class TrainArgs:
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
     max_time: str | None = None
-    """Stop after this much training time, for example 90s, 30m or 2h; restarts continue the count."""
+    """Stop after this much training time, such as 90s, 30m or 2h; restarts continue the count."""
     epochs: float | None = None
     """Stop after this many passes over the training set."""
     global_batch_size: int | Auto = "auto"
     """Samples per optimizer step over all devices; auto: fits length of the run."""
     micro_batch_size: int | Auto = "auto"
-    """Samples per forward pass on one device; auto: the largest power of two that a dry run fits."""
+    """Samples per forward pass on a device; auto: the largest power of two that a dry run fits."""
     max_seq_length: int | Auto = "auto"
     """Tokens per sample; auto: the model's context, or less where the documents are shorter."""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -43,7 +43,7 @@ class TrainArgs:
     tie_embeddings: bool | None = None
     """Share input embedding and output head; unset: as the model defines it."""
     save_interval: int | Auto = "auto"
-    """Steps between checkpoints; auto: a tenth of the run, at most 1,000 steps. Also every 10 minutes."""
+    """Steps between checkpoints; auto: a tenth of the run, at most 1,000. Also every 10 minutes."""
     keep_last: int = 3
     """How many checkpoints stay on disk; at least 2."""
     keep_every: int | None = None
