@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Directory of larger real inputs, which are no part of the project; skips where it is absent."""
+    """Directory of larger real inputs, no part of the project; skips where it is absent."""
     path = Path(os.environ.get("GRISTMILL_SHARED", ROOT.parent / "shared"))
     if not (path / "data").is_dir():
         pytest.skip("no shared inputs (set GRISTMILL_SHARED)")
