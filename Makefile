@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 MADE_FROM := pyproject.toml constraints.txt
 # --no-build-isolation: the editable install uses the pinned setuptools and fetches nothing.
 # --no-compile: modules are compiled when first imported, and most of torch never is.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
 SLOW := $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests
 
 export PYTHONNOUSERSITE := 1
@@ -58,18 +58,19 @@ clean:
 
 # The test environment is the run environment with more in it, so it counts as both.
 $(VENV)/.made-test: $(VENV)/.made-venv $(MADE_FROM)
-	@echo 'installing gristmill and its test tools into $(VENV)'
+	@echo 'installing gristmill and its test tools into $(VENV) (a minute, more where packages must be downloaded)'
 	@$(INSTALL) --no-build-isolation -e '.[test]'
 	@touch $(VENV)/.made-run $@
 
 $(VENV)/.made-run: $(VENV)/.made-venv $(MADE_FROM)
-	@echo 'installing gristmill into $(VENV)'
+	@echo 'installing gristmill into $(VENV) (half a minute, more where packages must be downloaded)'
 	@$(INSTALL) --no-build-isolation -e '.[fast]'
 	@touch $@
 
 $(VENV)/.made-venv:
-	@if [ -z '$(PYTHON)' ] || ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
-	  echo "gristmill needs Python 3.11 or newer ($$($(or $(PYTHON),python3) --version 2>&1 || true))." \
+	@if [ -z '$(PYTHON)' ] || ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  echo "gristmill needs Python 3.11 or newer ($(or $(PYTHON),python3):" \
+	    "$$($(or $(PYTHON),python3) --version 2>/dev/null || echo not found))." \
 	    'Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12' >&2; exit 1; fi
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
 	  echo '$(PYTHON) has no venv module. Install it (Debian, Ubuntu: apt-get install python3-venv),' \
