@@ -26,10 +26,10 @@ def frequencies(config: ModelConfig, device: torch.device | str | None = None) -
     dim = rotary_dim(config)
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     inverse = 1.0 / (config.rope_theta**exponent)
-    return inverse if config.rope_scaling is None else _llama3(inverse, config.rope_scaling)
+    return inverse if config.rope_scaling is None else _stretched(inverse, config.rope_scaling)
 
 
-def _llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
+def _stretched(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     """Frequencies for a longer context (arXiv:2407.21783, section 3.2).
 
     Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than

@@ -1,0 +1,89 @@
+"""Every family of models as data, without torch: names, shapes, weight names, `config.json`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from gristmill.config.model import ModelConfig, RopeScaling
+from gristmill.models.zoo import llama, pythia
+from gristmill.models.zoo.family import Family, Model
+from gristmill.util.errors import UserError
+
+FAMILIES: dict[str, Family] = {f.name: f for f in (llama.FAMILY, pythia.FAMILY)}
+
+
+def models() -> dict[str, Model]:
+    """Every named model, in the order of its name (capitals first)."""
+    found = {name: model for f in FAMILIES.values() for name, model in f.models.items()}
+    return dict(sorted(found.items()))
+
+
+def names() -> list[str]:
+    """The names that `get` knows, sorted."""
+    return list(models())
+
+
+def repositories() -> list[str]:
+    """The Hugging Face repositories of the named models, sorted without regard to case."""
+    return sorted({m.repo for m in models().values() if m.repo is not None}, key=str.lower)
+
+
+def get(name: str) -> ModelConfig:
+    """The configuration of a named model.
+
+    `name` is one of `names()`, a Hugging Face repository, or its last part, in any case. Raises
+    UserError with the nearest names for another one.
+    """
+    wanted = name.strip().lower()
+    spellings = _spellings()
+    if wanted in spellings:
+        return models()[spellings[wanted]].config
+    near = difflib.get_close_matches(wanted.rpartition("/")[2], spellings, n=12, cutoff=0.5)
+    nearest = list(dict.fromkeys(spellings[key] for key in near))[:3]
+    hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise UserError(f"Unknown model {name!r}. {hint}List the models: gristmill pretrain list")
+
+
+def _spellings() -> dict[str, str]:
+    """Lower-case spelling -> name. A name wins over the end of another model's repository."""
+    out: dict[str, str] = {}
+    for name, model in models().items():
+        if model.repo is not None:
+            out[model.repo.lower()] = name
+            out.setdefault(model.repo.rpartition("/")[2].lower(), name)
+    return out | {name.lower(): name for name in names()}
+
+
+def family(name: str) -> Family:
+    """The table that `ModelConfig.family` names."""
+    if name not in FAMILIES:
+        raise UserError(f"Unknown model family {name!r}. Families: {', '.join(FAMILIES)}.")
+    return FAMILIES[name]
+
+
+def family_of(raw: dict[str, Any]) -> Family:
+    """The family of a Hugging Face `config.json`; UserError names what is supported."""
+    kind, architectures = raw.get("model_type"), raw.get("architectures") or []
+    for candidate in FAMILIES.values():
+        if candidate.architecture in architectures:
+            return candidate
+        if not architectures and candidate.model_type == kind:
+            return candidate
+    found = architectures[0] if architectures else kind
+    supported = ", ".join(f.architecture for f in FAMILIES.values())
+    raise UserError(f"Architecture {found!r} is not supported. Supported: {supported}.")
+
+
+def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
+    """The inverse of `dataclasses.asdict` of a `ModelConfig`; UserError names an unknown key."""
+    known = {field.name for field in fields(ModelConfig)}
+    unknown = sorted(set(raw) - known)
+    if unknown:
+        raise UserError(
+            f"The model configuration has unknown settings ({', '.join(unknown)}). "
+            "Update gristmill: a newer version wrote it."
+        )
+    scaling = raw.get("rope_scaling")
+    return ModelConfig(**{**raw, "rope_scaling": RopeScaling(**scaling) if scaling else None})
