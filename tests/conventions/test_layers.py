@@ -32,12 +32,13 @@ def test_every_folder_has_a_row(package):
 def test_imports_point_down(package):
     wrong = []
     for source in package:
-        importer = source.module.split(".")[1] if "." in source.module else None
+        # The package's own face hands out names of `api`, lazily, and so stands at the top.
+        importer = source.module.split(".")[1] if "." in source.module else "api"
         for line, name in source.imports():
             parts = name.split(".")
             if parts[0] != "gristmill" or len(parts) < 2 or parts[1] not in ROW:
                 continue  # the package's own names, such as __version__, belong to everybody
-            if importer is None or not _allowed(importer, parts[1]):
+            if not _allowed(importer, parts[1]):
                 wrong.append(f"{source.name}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
