@@ -55,7 +55,9 @@ def violations(tree: ast.Module, imports=(), *, table=False) -> list[tuple[int, 
         if isinstance(node, ast.If) and ast.unparse(node.test) in GUARDS:
             continue
         value = getattr(node, "value", None)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and not (value and _calls(value, own)):
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign) and not (
+            value and _calls(value, own)
+        ):
             continue
         if table and isinstance(node, ast.Expr | ast.For) and not _calls(node, own):
             continue

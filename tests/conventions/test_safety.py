@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+# The error that torch.load(weights_only=True) raises, imported by its name.
+HARMLESS = {"pickle.UnpicklingError"}
 # Homes of people and of build machines; written in pieces so that this file passes its own test.
 MACHINE_PATHS = re.compile(
     "|".join([r"(?<![\w.])/(?:root|home|Users)" + r"/\w", "/opt/" + "wheels"])
@@ -36,7 +38,7 @@ def test_nothing_executes_what_it_reads(package):
     wrong = [f"{s.name}:{line} {what}" for s in package for line, what in _unsafe_calls(s.tree)]
     for source in package:
         for line, name in source.imports():
-            if name.split(".")[0] in PICKLES:
+            if name.split(".")[0] in PICKLES and name not in HARMLESS:
                 wrong.append(f"{source.name}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 
