@@ -12,9 +12,14 @@ from torch import Tensor
 IGNORE = -100
 """Target of a position that does not count."""
 
-CHUNK_ROWS = 1024
-"""Positions whose logits exist at one time. Every chunk reads and writes the whole fp32 weight
-gradient once, so a chunk must carry enough products to pay for that."""
+CHUNK_ROWS = {"cpu": 512}
+OTHER_CHUNK_ROWS = 2048
+"""Positions whose logits exist at one time, by device. Every chunk reads and writes the whole fp32
+weight gradient once, which costs about as much as 300 rows of products on a processor whose caches
+also have to hold the chunk, and more rows the faster the device is next to its memory."""
+
+EAGER_ROWS = 32
+"""Rows whose powers exist in fp32 at one time where nothing fuses them."""
 
 
 def linear_cross_entropy(
@@ -41,12 +46,22 @@ def linear_cross_entropy(
 
 
 def _exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites `logits` [R, V] with exp(logits - row maximum); returns maxima and sums."""
+    """Overwrites `logits` [R, V] with exp(logits - row maximum); returns maxima and sums [R].
+
+    The maximum stays in the type of the logits (it is one of them): with a wider one the CPU code
+    generator vectorises at half width and takes three times as long.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    peak = logits.amax(-1, keepdim=True).to(wide)
-    powers = (logits.to(wide) - peak).exp()
+    peak = logits.amax(-1, keepdim=True)
+    powers = (logits.to(wide) - peak).exp().to(logits.dtype)
     logits.copy_(powers)
-    return peak.squeeze(-1), powers.sum(-1)
+    return peak.squeeze(-1).to(wide), powers.sum(-1, dtype=wide)
+
+
+def _eager_exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same, a few rows at a time, so that no wide copy of the chunk exists."""
+    peaks, totals = zip(*(_exp_rows(rows) for rows in logits.split(EAGER_ROWS)))
+    return torch.cat(peaks), torch.cat(totals)
 
 
 @functools.cache
@@ -57,10 +72,10 @@ def _compiled_exp_rows() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss and gradients in one sweep over chunks of rows.
 
-    With e = exp(logit - peak), s = sum(e) and a row factor r = (1 + 2 z lse) / s, the gradient of
-    a logit is r * (e - [is target] * s / (1 + 2 z lse)). The bracket goes through the products as
-    it is and r is applied to the narrow [R, d] sides, so the wide [R, V] matrix is exponentiated
-    once and never normalised.
+    With e = exp(logit - peak), s = sum(e) and a row factor f = 1 + 2 z lse, the gradient of a
+    logit is f / s * (e - [is target] * s / f). The bracket goes through the products as it is and
+    f / s is applied to the narrow [R, d] sides, so the wide [R, V] matrix is exponentiated once
+    and never normalised.
     """
 
     @staticmethod
@@ -73,36 +88,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         compiled: bool,
     ) -> Tensor:
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        wide = torch.promote_types(dtype, torch.float32)
-        exp_rows = _compiled_exp_rows() if compiled else _exp_rows
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        exp_rows = _compiled_exp_rows() if compiled else _eager_exp_rows
+        loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
+        count = min(CHUNK_ROWS.get(hidden.device.type, OTHER_CHUNK_ROWS), hidden.shape[0])
+        positions = torch.arange(count, device=hidden.device)
+        # One buffer for all chunks: a fresh one each time costs more in page faults than its use.
+        buffer = hidden.new_empty((count, weight.shape[0]), dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = weight.to(dtype)
-            for start in range(0, hidden.shape[0], CHUNK_ROWS):
-                rows = slice(start, start + CHUNK_ROWS)
+            for start in range(0, hidden.shape[0], count):
+                rows = slice(start, start + count)
                 part = hidden[rows].to(dtype)
                 valid = targets[rows] != IGNORE
-                index = targets[rows].clamp(min=0).unsqueeze(-1)
-                logits = part @ narrow.t()
-                target_logit = logits.gather(-1, index).squeeze(-1).to(wide)
+                at = (positions[: part.shape[0]], targets[rows].clamp(min=0))
+                logits = torch.mm(part, narrow.t(), out=buffer[: part.shape[0]])
+                target_logit = logits[at].to(loss.dtype)
                 peak, total = exp_rows(logits)
                 lse = peak + total.log()
-                row_loss = lse - target_logit
-                if z_loss:
-                    row_loss = row_loss + z_loss * lse.square()
+                row_loss = lse - target_logit + z_loss * lse.square()
                 loss += row_loss.masked_fill(~valid, 0.0).sum()
-                if not (need_hidden or need_weight):
+                if not any(ctx.needs_input_grad):
                     continue
                 factor = 1.0 + 2.0 * z_loss * lse
-                at_target = (target_logit - peak).exp() - total / factor
-                logits.scatter_(-1, index, at_target.to(dtype).unsqueeze(-1))
+                logits[at] = ((target_logit - peak).exp() - total / factor).to(dtype)
                 scale = (factor / total).masked_fill(~valid, 0.0).unsqueeze(-1)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (logits @ narrow) * scale
-                if need_weight:
+                if ctx.needs_input_grad[1]:
                     product = logits.t() @ (part * scale).to(dtype)
                     if grad_weight is None:
                         grad_weight = product.to(weight.dtype)
