@@ -154,7 +154,11 @@ def _is_ours(class_path: str) -> bool:
 
 
 def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*(_subclasses(sub) for sub in cls.__subclasses__()))
+    found = {cls}
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        found |= _subclasses(child)
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def _fetch(url: str) -> str:
         raise UserError(f"cannot read a configuration from {url!r}. Give an http(s) URL or a file.")
     try:
         with urllib.request.urlopen(url, timeout=30) as response:
-            return response.read(1_000_000).decode("utf-8")
+            content: bytes = response.read(1_000_000)
+        return content.decode("utf-8")
     except (urllib.error.URLError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot fetch the configuration {url} ({error}). Download it and give the file, "

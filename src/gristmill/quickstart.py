@@ -1,0 +1,94 @@
+"""Real text that is on every machine to a small model: the ordinary commands, one after another.
+
+The text is the source of the running Python's standard library, without tests and installed
+packages. Every stage can be interrupted; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from gristmill.cli import main
+from gristmill.config.commands import Quickstart
+from gristmill.util.errors import UserError
+
+LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+"""Folders that are not taken: tests, installed packages and compiled files."""
+
+PROMPTS = ("def read_file(path):\n", "class Stack:\n    def __init__(self")
+
+
+def quickstart(cfg: Quickstart) -> None:
+    """Run every stage from text to a model that writes, showing each command."""
+    root = Path(cfg.out_dir)
+    collect(root / "text")
+    _run(
+        f"tokenizer train {root}/text --pattern **/*.py --vocab_size 4096"
+        f" --out_dir {root}/tokenizer"
+    )
+    _run(
+        f"prepare textfiles --input_dir {root}/text --pattern **/*.py --val_fraction 0.02"
+        f" --tokenizer_dir {root}/tokenizer --output_dir {root}/data --max_reject_fraction 0.02"
+    )
+    _run(
+        f"pretrain gristmill-nano --data LitData --data.data_path {root}/data"
+        f" --out_dir {root}/run --train.max_tokens 5_000_000 --train.global_batch_size 16"
+        " --optimizer.lr 0.003"
+    )
+    for prompt in PROMPTS:
+        _run("generate", f"{root}/run", "--prompt", prompt, "--max_new_tokens", "120")
+    _summary(root)
+
+
+def collect(target: Path) -> None:
+    """Copy the standard library's sources to `target`, once, keeping their folders."""
+    source = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        p for p in source.rglob("*.py") if not LEFT_OUT & set(p.relative_to(source).parts)
+    )
+    if not files:
+        raise UserError(
+            f"no Python sources in {source}: this Python comes without them. "
+            "Use your own text: gristmill pretrain --help"
+        )
+    for path in files:
+        copy = target / path.relative_to(source)
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            partial = copy.with_suffix(".partial")
+            shutil.copyfile(path, partial)
+            partial.replace(copy)
+    size = sum(path.stat().st_size for path in files)
+    print(f"Text: {len(files):,} files, {size / 1e6:.1f} MB of Python from {source}, in {target}")
+
+
+def _run(command: str, *words: str) -> None:
+    """Show a gristmill command as a person would type it, and run it."""
+    argv = [*command.split(), *words]
+    print(f"\n$ {shlex.join(['gristmill', *argv])}", flush=True)
+    code = main(argv)
+    if code:
+        sys.exit(code)
+
+
+def _summary(root: Path) -> None:
+    rows = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+    checks = [row for row in rows if "val_loss" in row]
+    first, last = checks[0], checks[-1]
+    print(
+        f"\nValidation loss {first['val_loss']:.2f} -> {last['val_loss']:.2f} nats per token, "
+        f"{first['val_bits_per_byte']:.2f} -> {last['val_bits_per_byte']:.2f} bits per byte, "
+        f"after {last['tokens']:,} tokens.\n"
+        f"The model is in {root}/run/final and loads in transformers as it is. Go on with:\n"
+        f"  gristmill chat {root}/run\n"
+        f"  gristmill pretrain gristmill-nano --data LitData --data.data_path {root}/data "
+        f"--out_dir {root}/run --train.max_tokens 20_000_000 --train.global_batch_size 16 "
+        "--optimizer.lr 0.003\n"
+        "  gristmill pretrain gristmill-nano --data TextFiles --data.train_data_path YOUR_FOLDER "
+        f"--tokenizer_dir {root}/tokenizer"
+    )

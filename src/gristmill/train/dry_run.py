@@ -1,0 +1,53 @@
+"""One step at full size before the run, in which nothing changes and every mistake shows."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from gristmill.parallel.compile import uncompile_blocks
+from gristmill.train.batch import TokenBatch
+from gristmill.train.run import Run
+from gristmill.train.settle import Job
+from gristmill.train.step import micro_step
+from gristmill.util.errors import UserError
+
+
+def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job:
+    """The job with a micro-batch that fits the device, after compiling and allocating everything.
+
+    Weights, moments and step counts stay as they are. A typed micro-batch that does not fit is a
+    UserError; an `auto` one is halved. A compiler that fails is left out, and a line says so.
+    """
+    job = run.job
+    while True:
+        try:
+            _step(job, model, optimizer)
+            return job
+        except torch.OutOfMemoryError:
+            half = job.micro_batch_size // 2
+            model.zero_grad(set_to_none=True)
+            if job.cfg.train.micro_batch_size != "auto" or half == 0:
+                raise UserError(
+                    f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
+                    f"does not fit in the memory of {job.device}. Use a smaller micro-batch.",
+                    {"--train.micro_batch_size": max(1, half)},
+                ) from None
+            job = dataclasses.replace(job, micro_batch_size=half)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            uncompile_blocks(model)
+            run.console.note(
+                f"torch.compile failed here, training goes on without it: {str(error).splitlines()[0]}"
+            )
+
+
+def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    batch = TokenBatch.of(job.train.batch(0, job.micro_batch_size), job.device)
+    inputs, targets = next(batch.micro_batches(job.micro_batch_size))
+    micro_step(model, inputs, targets, batch.num_targets, job)
+    # found_inf makes a fused optimizer allocate its state and then change nothing.
+    optimizer.found_inf = torch.ones((), device=job.device)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,80 @@
+"""The end of a run: the last checkpoint, then the model directory that people load."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gristmill import __version__
+from gristmill.checkpoint.store import read_record
+from gristmill.config.parse import to_yaml
+from gristmill.formats.hf import write as write_model_dir
+from gristmill.train.run import Run
+from gristmill.train.settle import Job
+from gristmill.util.errors import Interrupted, RunError
+
+FINAL = "final"
+TRAINING_FILE = "training.json"
+"""What `final/` was trained to: lets a longer run tell that it is not its own end."""
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the run's last step and its `final/` are both there; said to the user if so."""
+    if job.start_from is None:
+        return False
+    step = read_record(job.start_from)["step"]
+    if _final_step(job.out_dir) != step or step < job.length.total_steps:
+        return False
+    print(
+        f"{job.out_dir} is finished: {step:,} steps, {step * job.length.step_tokens:,} tokens. "
+        f"The model is in {job.out_dir / FINAL}. A larger --train.max_tokens goes on from here; "
+        "--overwrite true starts again."
+    )
+    return True
+
+
+def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Save the last step, and unless a signal ended the run write `final/`.
+
+    Raises Interrupted after a signal, RunError when a checkpoint could not be written.
+    """
+    if run.last_saved_step != run.state.step:
+        run.save(model, optimizer)
+    run.checkpointer.wait()
+    if run.stop_signal is not None:
+        saved = "not saved" if run.checkpointer.failed else "saved"
+        raise Interrupted(
+            run.stop_signal,
+            f"{signal.Signals(run.stop_signal).name}: stopped at step {run.state.step:,}, {saved}. "
+            "Run the same command again to go on.",
+        )
+    final = run.job.out_dir / FINAL
+    write_model_dir(
+        final,
+        run.job.model,
+        model.state_dict(),
+        tokenizer_dir=run.job.tokenizer_dir,
+        extra_files={
+            "hyperparameters.yaml": to_yaml(run.job.cfg),
+            TRAINING_FILE: json.dumps(
+                {"gristmill": __version__, "step": run.state.step, "tokens": run.state.tokens}
+            ),
+        },
+    )
+    run.console.finished(final)
+    if run.checkpointer.failed:
+        raise RunError(
+            f"{final} was written, but the last checkpoint was not (see above). "
+            "Free space and run the same command again before you extend the run."
+        )
+
+
+def _final_step(out_dir: Path) -> int | None:
+    try:
+        return int(json.loads((out_dir / FINAL / TRAINING_FILE).read_text())["step"])
+    except (OSError, ValueError, KeyError):
+        return None

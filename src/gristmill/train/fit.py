@@ -1,0 +1,104 @@
+"""A training run, top to bottom: read this first.
+
+settings ─ settle ─▶ job ─ build ─ resume ─ dry run ─▶ step · guard · validate · log · save
+                                                                                  └─▶ final/
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gristmill.checkpoint.load import load as load_checkpoint
+from gristmill.config.commands import Pretrain
+from gristmill.formats.model_dir import load_weights
+from gristmill.models.decoder import Decoder
+from gristmill.models.device import weight_dtype
+from gristmill.models.init import init_weights
+from gristmill.optim.build import build_optimizer
+from gristmill.optim.schedules import lr_at
+from gristmill.parallel.parallelize import parallelize
+from gristmill.train.batch import TokenBatch
+from gristmill.train.dry_run import dry_run
+from gristmill.train.finish import finish, is_finished
+from gristmill.train.guard import Guard
+from gristmill.train.run import Run
+from gristmill.train.settle import Job, settle
+from gristmill.train.step import reseed, train_step
+from gristmill.train.throughput import Throughput
+from gristmill.train.validate import validate
+from gristmill.util.paths import resolve_model_dir
+
+
+def pretrain(cfg: Pretrain) -> None:
+    """Train a model as `cfg` says, or go on with the run that is in its directory."""
+    job = settle(cfg)
+    if not is_finished(job):
+        fit(job)
+
+
+def fit(job: Job) -> None:
+    """Make every step of the job that is left, and write the finished model directory."""
+    with Run(job) as run:
+        model = build(job)
+        optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
+        if job.start_from is not None:
+            load_checkpoint(job.start_from, model, optimizer)
+        how = parallelize(model, job.device, compile=job.cfg.compile)
+        run.announce(how)
+        job = run.job = dry_run(run, model, optimizer)
+        guard, speed = Guard(job.cfg.train.max_bad_steps), Throughput(job)
+        if run.state.step == 0 and job.val and job.cfg.eval.initial_validation:
+            run.log(validate(model, job, whole=False))
+        while not run.done():
+            started = time.perf_counter()
+            reseed(job.cfg.seed, run.state.step)
+            lr = set_learning_rate(optimizer, job, run.state.step)
+            rows = job.train.batch(run.state.samples, job.length.global_batch_size)
+            batch = TokenBatch.of(rows, job.device)
+            data_wait_s = time.perf_counter() - started
+            stats = train_step(model, optimizer, batch, job)
+            step_time_s = time.perf_counter() - started
+            run.advance(step_time_s)
+            guard.check(stats, run)
+            row = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": lr}
+            row |= speed.row(run.state, step_time_s, data_wait_s)
+            if run.validation_due():
+                row |= validate(model, job, whole=run.done())
+            run.log(row)
+            if run.hook is not None:
+                run.hook(run, stats)
+            if run.save_due():
+                run.save(model, optimizer)
+        finish(run, model, optimizer)
+
+
+def build(job: Job) -> nn.Module:
+    """The decoder on its device, with fresh or given weights (a checkpoint's come later)."""
+    with torch.device("meta"):
+        model = Decoder(job.model)
+    model.to(weight_dtype(job.precision)).to_empty(device=job.device)
+    if job.cfg.initial_checkpoint_dir is not None:
+        load_weights(model, Path(resolve_model_dir(job.cfg.initial_checkpoint_dir)))
+    else:
+        init_weights(model, job.cfg.seed)
+    return model.train()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, job: Job, step: int) -> float:
+    """Give every group its share of the schedule at `step`; the schedule's own value."""
+    lr = lr_at(
+        step,
+        peak=job.lr,
+        min_lr=job.min_lr,
+        warmup_steps=job.length.warmup_steps,
+        total_steps=job.length.total_steps,
+        schedule=job.cfg.train.schedule,
+        decay_fraction=job.cfg.train.lr_decay_fraction,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["peak_lr"] / job.lr
+    return lr

@@ -1,0 +1,175 @@
+"""The life of a run around its steps: directory, lock, signals, trackers, checkpoints, the end."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from gristmill import __version__
+from gristmill.checkpoint.save import Checkpointer
+from gristmill.checkpoint.store import clean_partial, read_record
+from gristmill.track.console import Console
+from gristmill.track.tracker import open_trackers
+from gristmill.train import directory
+from gristmill.train.settle import Job
+from gristmill.util.errors import UserError
+
+SAVE_SECONDS = 600.0
+"""A checkpoint is due after this much time, whatever the step interval."""
+
+
+@dataclass
+class State:
+    """Progress of a run; with weights and optimizer, all that a checkpoint holds."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    train_time_s: float = 0.0
+    skipped_steps: int = 0
+
+
+class Run:
+    """A context in which one process owns the run directory and is told of signals."""
+
+    def __init__(self, job: Job) -> None:
+        """Nothing is written before the context is entered."""
+        self.job = job
+        self.state = State()
+        self.stop_signal: int | None = None
+        self._last_save_s = time.monotonic()
+        self._handlers: dict[int, Any] = {}
+        self.last_saved_step: int | None = None
+
+    def __enter__(self) -> Self:
+        """Take the directory, find the progress to go on from, open trackers, catch signals."""
+        job, out_dir = self.job, self.job.out_dir
+        out_dir.mkdir(parents=True, exist_ok=True)
+        self.hook = load_hook(job.cfg.hook)
+        self._lock = directory.lock(out_dir)
+        if job.cfg.overwrite:
+            directory.clear(out_dir)
+        clean_partial(out_dir)
+        directory.write(out_dir, job.cfg, job.identity, job.length, job.micro_batch_size)
+        if job.start_from is not None:
+            record = read_record(job.start_from)
+            self.state = State(**{f.name: record[f.name] for f in fields(State)})
+            own = job.start_from.parent.resolve() == out_dir.resolve()
+            self.last_saved_step = self.state.step if own else None
+        self.checkpointer = Checkpointer(
+            out_dir,
+            keep_last=job.cfg.train.keep_last,
+            keep_every=job.cfg.train.keep_every,
+            config=job.model,
+            tokenizer_dir=job.tokenizer_dir,
+        )
+        self.trackers = open_trackers(
+            [job.cfg.logger_name], out_dir, job.cfg.log, start_step=self.state.step
+        )
+        self.console = Console(total_steps=job.length.total_steps, start_step=self.state.step)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give everything back; a checkpoint being written is finished first."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self.console.close()
+        self.trackers.close()
+        self.checkpointer.wait()
+        self._lock.close()
+
+    def done(self) -> bool:
+        """Whether there is no step more to make: enough of them, out of time, or told to stop."""
+        limit = self.job.length.max_time_s
+        out_of_time = limit is not None and self.state.train_time_s >= limit
+        enough = self.state.step >= self.job.length.total_steps
+        return enough or out_of_time or self.stop_signal is not None
+
+    def advance(self, step_time_s: float) -> None:
+        """Count the step just made."""
+        self.state.step += 1
+        self.state.samples += self.job.length.global_batch_size
+        self.state.tokens += self.job.length.step_tokens
+        self.state.train_time_s += step_time_s
+
+    def validation_due(self) -> bool:
+        """Whether to validate after this step: at intervals, and after the last one."""
+        if self.job.val is None or self.stop_signal is not None:
+            return False
+        if self.done():
+            return self.job.cfg.eval.final_validation
+        return self.state.step % self.job.length.eval_interval == 0
+
+    def save_due(self) -> bool:
+        """Whether a checkpoint is due by steps or by the clock."""
+        overdue = time.monotonic() - self._last_save_s >= SAVE_SECONDS
+        return overdue or self.state.step % self.job.length.save_interval == 0
+
+    def log(self, row: dict[str, float]) -> None:
+        """Write a row of metrics for the present step, where one is due."""
+        if self.state.step % self.job.cfg.train.log_interval and "val_loss" not in row:
+            return
+        row = {"tokens": self.state.tokens, "samples": self.state.samples, **row}
+        self.trackers.log(row, self.state.step)
+        self.console.log(row, self.state.step)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Stage a checkpoint of this step; it is written while training goes on."""
+        self.checkpointer.save(self.state.step, model, optimizer, self._record())
+        self._last_save_s = time.monotonic()
+        self.last_saved_step = self.state.step
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            **asdict(self.state),
+            "gristmill": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "device": self.job.device.type,
+            "precision": self.job.precision,
+            "stream": self.job.train.fingerprint(),
+        }
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask the loop to save and leave after this step; a second Ctrl-C leaves at once."""
+        if self.stop_signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+        self.console.note(
+            f"{signal.Signals(number).name}: saving after this step (Ctrl-C again leaves at once)"
+        )
+
+
+def load_hook(target: str | None) -> Callable[..., None] | None:
+    """The user's function named `module:name`, found from the working directory too."""
+    if target is None:
+        return None
+    module, _, name = target.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        hook = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--hook {target} cannot be loaded ({error}). Give module:name of a function that "
+            "takes (run, stats)."
+        ) from None
+    if not callable(hook):
+        raise UserError(f"--hook {target} is not a function. Give module:name of one.")
+    return hook  # type: ignore[no-any-return]

@@ -1,0 +1,300 @@
+"""Settings to a job: every `auto` resolved, every check passed, before anything is written.
+
+    settings ─ model ─ tokenizer ─ data ─ run directory ─ length ─▶ Job
+
+Cheap checks come first, so that a mistake is found before a corpus is prepared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gristmill.config.commands import Pretrain
+from gristmill.config.data import DataModule, LitData
+from gristmill.config.model import ModelConfig
+from gristmill.config.parse import to_dict
+from gristmill.data.dataset import Dataset
+from gristmill.data.modules import open_datasets
+from gristmill.data.stream import TokenStream
+from gristmill.formats.model_dir import read_config
+from gristmill.models import counts, zoo
+from gristmill.models.device import choose_device, resolve_precision
+from gristmill.tokenizer.tokenizer import Tokenizer
+from gristmill.train import directory
+from gristmill.train.length import Length, plan_length
+from gristmill.util.errors import RunError, UserError
+from gristmill.util.paths import resolve_model_dir
+
+MAX_MICRO_TOKENS = 2**14
+"""Tokens of an `auto` micro-batch at most: beyond it no device gets faster, only fuller."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, fully resolved; `cfg` keeps what the user typed."""
+
+    cfg: Pretrain
+    model: ModelConfig
+    device: torch.device
+    precision: str
+    tokenizer_dir: Path | None
+    train: TokenStream
+    val: TokenStream | None
+    val_bytes_per_token: float | None
+    length: Length
+    micro_batch_size: int
+    lr: float
+    min_lr: float
+    out_dir: Path
+    identity: dict[str, Any]
+    start_from: Path | None
+    """Checkpoint to go on from; None: initial weights."""
+
+
+def settle(cfg: Pretrain) -> Job:
+    """The job that these settings mean. Raises UserError for settings that cannot work."""
+    _refuse_what_is_not_there(cfg)
+    model = _model(cfg)
+    device = choose_device(cfg.device)
+    precision = resolve_precision(cfg.precision, device)
+    lr, min_lr = _learning_rates(cfg)
+    tokenizer_dir = _tokenizer_dir(cfg)
+    _check_vocabulary(model, tokenizer_dir)
+    assert cfg.data is not None
+    datasets = open_datasets(cfg.data, tokenizer_dir)
+    train_set = Dataset.open(datasets.train)
+    val_set = Dataset.open(datasets.val) if datasets.val else None
+    tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
+    model = _with_vocabulary(model, train_set, tokenizer_dir)
+    wanted = directory.identity(cfg, to_dict(model), train_set.dataset_id, precision)
+    name = f"{model.name.lower()}-{_data_name(cfg.data, datasets.train)}"
+    out_dir, record = directory.find(cfg, wanted, name)
+    earlier = record.length if record else None
+    seq_len = _seq_len(cfg, model, train_set, earlier)
+    train = TokenStream(train_set, seq_len, seed=datasets.seed)
+    val = None
+    if val_set is not None:
+        val = TokenStream(val_set, seq_len, seed=0, shuffle=False, endless=False)
+    length = plan_length(
+        cfg.train, cfg.eval, seq_len=seq_len, num_samples=train.num_samples, earlier=earlier
+    )
+    micro = _micro_batch(cfg, model, precision, length, record)
+    job = Job(
+        cfg=cfg,
+        model=model,
+        device=device,
+        precision=precision,
+        tokenizer_dir=tokenizer_dir,
+        train=train,
+        val=val if val is not None and val.num_samples else None,
+        val_bytes_per_token=_bytes_per_token(val_set),
+        length=length,
+        micro_batch_size=micro,
+        lr=lr,
+        min_lr=min_lr,
+        out_dir=out_dir,
+        identity=wanted,
+        start_from=directory.start_point(cfg, out_dir, record),
+    )
+    _check_disk(job)
+    return job
+
+
+def _refuse_what_is_not_there(cfg: Pretrain) -> None:
+    if cfg.data is None:
+        raise UserError(
+            "no data to train on. Name a data module, for example "
+            "--data TextFiles --data.train_data_path FOLDER.",
+        )
+    for option, value in (("--devices", cfg.devices), ("--num_nodes", cfg.num_nodes)):
+        if value not in ("auto", 1):
+            raise UserError(
+                f"{option} {value}: this version trains on one device. Leave {option} out.",
+                {option: None},
+            )
+    if cfg.initial_checkpoint_dir and cfg.resume not in ("auto", False):
+        raise UserError(
+            f"both --initial_checkpoint_dir {cfg.initial_checkpoint_dir} and --resume {cfg.resume} "
+            "are given. Use --resume to go on with a run, --initial_checkpoint_dir for a new one.",
+            {"--resume": None},
+        )
+    if cfg.train.keep_last < 2:
+        raise UserError(
+            f"--train.keep_last {cfg.train.keep_last} leaves nothing to fall back to. Use 2 or more.",
+            {"--train.keep_last": 2},
+        )
+
+
+def _model(cfg: Pretrain) -> ModelConfig:
+    """The architecture: custom, named, or that of the weights to start from."""
+    if cfg.model_config is not None:
+        model = cfg.model_config
+    elif cfg.model_name is not None:
+        model = zoo.get(cfg.model_name)
+    elif cfg.initial_checkpoint_dir is not None:
+        model = read_config(resolve_model_dir(cfg.initial_checkpoint_dir))
+    else:
+        raise UserError("no model. Name one of `gristmill pretrain list`, or give --model_config.")
+    if cfg.train.tie_embeddings is not None:
+        model = dataclasses.replace(model, tie_embeddings=cfg.train.tie_embeddings)
+    return model
+
+
+def _learning_rates(cfg: Pretrain) -> tuple[float, float]:
+    lr = float(cfg.optimizer.lr)  # type: ignore[attr-defined]
+    if not lr > 0:
+        raise UserError(f"--optimizer.lr {lr} trains nothing. Use a value such as 0.001.")
+    if cfg.train.min_lr == "auto":
+        return lr, 0.1 * lr
+    if not 0 <= cfg.train.min_lr <= lr:
+        raise UserError(
+            f"min_lr={cfg.train.min_lr} is not between 0 and the peak learning rate {lr}.",
+            {"--train.min_lr": 0.1 * lr},
+        )
+    return lr, cfg.train.min_lr
+
+
+def _tokenizer_dir(cfg: Pretrain) -> Path | None:
+    if cfg.tokenizer_dir is not None:
+        return Path(resolve_model_dir(cfg.tokenizer_dir))
+    if isinstance(cfg.data, LitData):
+        return None
+    if cfg.initial_checkpoint_dir is not None:
+        return Path(resolve_model_dir(cfg.initial_checkpoint_dir))
+    raise UserError(
+        "no tokenizer for the raw text. Give --tokenizer_dir DIR; "
+        "`gristmill tokenizer train FOLDER --out_dir DIR` makes one."
+    )
+
+
+def _check_vocabulary(model: ModelConfig, tokenizer_dir: Path | None) -> None:
+    if tokenizer_dir is None:
+        return
+    tokens = Tokenizer.load(tokenizer_dir).num_token_ids
+    if tokens > model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {tokenizer_dir} has token ids up to {tokens - 1:,}, but {model.name} "
+            f"has {model.vocab_size:,} rows. Choose the model's own tokenizer, a model with at "
+            f"least {tokens:,} rows, or train a tokenizer of that size: "
+            f"gristmill tokenizer train FOLDER --vocab_size {model.vocab_size} --out_dir DIR"
+        )
+
+
+def _with_vocabulary(
+    model: ModelConfig, dataset: Dataset, tokenizer_dir: Path | None
+) -> ModelConfig:
+    """The model, knowing which of its rows stand for tokens, and its BOS and EOS."""
+    if dataset.num_token_ids > model.vocab_size:
+        raise UserError(
+            f"the dataset holds token ids up to {dataset.num_token_ids - 1:,}, but {model.name} has "
+            f"{model.vocab_size:,} rows. Choose a model with at least {dataset.num_token_ids:,} "
+            "rows, or prepare the text with the model's tokenizer."
+        )
+    if tokenizer_dir is None:
+        return model
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    _check_vocabulary(model, tokenizer_dir)
+    return dataclasses.replace(
+        model,
+        num_token_ids=max(tokenizer.num_token_ids, dataset.num_token_ids),
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+    )
+
+
+def _data_name(data: DataModule, train: Path) -> str:
+    """A short word for the data, for the run directory's name."""
+    source = getattr(data, "train_data_path", None) or getattr(data, "data_path", None) or train
+    return Path(source).expanduser().resolve().stem.lower()
+
+
+def _seq_len(cfg: Pretrain, model: ModelConfig, data: Dataset, earlier: Length | None) -> int:
+    """Tokens per sample: typed and checked, or as long as model and data allow."""
+    longest = max(chunk.tokens for chunk in data.chunks) - 1
+    typed = cfg.train.max_seq_length
+    if typed == "auto":
+        return earlier.seq_len if earlier else max(1, min(model.max_seq_length, longest))
+    if typed < 1:
+        raise UserError(
+            f"--train.max_seq_length {typed} is not a positive whole number.",
+            {"--train.max_seq_length": model.max_seq_length},
+        )
+    if typed > model.max_seq_length:
+        raise UserError(
+            f"max_seq_length={typed} is above the context of {model.name} "
+            f"({model.max_seq_length} tokens). Use at most that.",
+            {"--train.max_seq_length": model.max_seq_length},
+        )
+    if typed > longest:
+        raise UserError(
+            f"max_seq_length={typed} is longer than the text allows: its longest stretch has "
+            f"{longest + 1:,} tokens ({data.num_tokens:,} in all), and a sample takes one more "
+            "than its length. Use a shorter sequence or more text.",
+            {"--train.max_seq_length": max(1, longest)},
+        )
+    return typed
+
+
+def _micro_batch(
+    cfg: Pretrain,
+    model: ModelConfig,
+    precision: str,
+    length: Length,
+    record: directory.Record | None,
+) -> int:
+    """Samples per forward pass: typed, the earlier run's, or the most that pays and fits."""
+    typed = cfg.train.micro_batch_size
+    if typed != "auto":
+        if typed < 1:
+            raise UserError(f"--train.micro_batch_size {typed} is not a positive whole number.")
+        return min(typed, length.global_batch_size)
+    if record is not None:
+        return record.micro_batch_size
+    budget = 0.8 * _memory_bytes()
+    micro = max(1, MAX_MICRO_TOKENS // length.seq_len)
+    micro = 2 ** (min(micro, length.global_batch_size).bit_length() - 1)
+    while (
+        micro > 1 and counts.training_memory_bytes(model, micro, length.seq_len, precision) > budget
+    ):
+        micro //= 2
+    return micro
+
+
+def _memory_bytes() -> float:
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _bytes_per_token(dataset: Dataset | None) -> float | None:
+    if dataset is None or not dataset.text_bytes:
+        return None
+    return dataset.text_bytes / dataset.num_tokens
+
+
+def _check_disk(job: Job) -> None:
+    """Refuse a run whose checkpoints do not fit on the disk, before it starts."""
+    parameters = counts.num_parameters(job.model)
+    width = 2 if job.precision == "bf16-true" else 4
+    checkpoint = 3 * width * parameters
+    # One more than is kept, for the one being written, and the finished model.
+    needed = (job.cfg.train.keep_last + 1) * checkpoint + width * parameters
+    existing = job.out_dir
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    already = sum(p.stat().st_size for p in job.out_dir.rglob("*.safetensors"))
+    if needed > free + already:
+        raise RunError(
+            f"no space left for this run in {job.out_dir}: it needs {needed / 1e9:.1f} GB "
+            f"({job.cfg.train.keep_last} checkpoints of {checkpoint / 1e9:.2f} GB kept, one being "
+            f"written, and the model), {free / 1e9:.1f} GB are free. Free some, choose another "
+            "--out_dir, or keep fewer with --train.keep_last 2."
+        )

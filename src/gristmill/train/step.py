@@ -1,0 +1,77 @@
+"""One optimizer step: forward and backward over the micro-batches, clip, update."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gristmill.train.batch import TokenBatch
+from gristmill.train.settle import Job
+
+
+@dataclass
+class StepStats:
+    """What a step found. Loss is the mean over targets, in nats; norms are before clipping."""
+
+    loss: float
+    grad_norm: float
+    finite: bool
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """The arithmetic of a precision: bf16 products over fp32 weights for bf16-mixed."""
+    if precision == "bf16-mixed":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def reseed(seed: int, step: int) -> None:
+    """Make randomness in a step a function of (seed, step), so that it needs no saved state."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: TokenBatch,
+    job: Job,
+) -> StepStats:
+    """Update the model once from `batch`; an update that is not finite is skipped on the device.
+
+    The loss is summed over targets and divided by their number in the whole batch, so that
+    neither the micro-batch size nor padding changes the gradient.
+    """
+    total = torch.zeros((), device=batch.tokens.device)
+    for inputs, targets in batch.micro_batches(job.micro_batch_size):
+        total += micro_step(model, inputs, targets, batch.num_targets, job)
+    norm = clip_gradients(model, job.cfg.train.max_norm)
+    finite = torch.isfinite(total) & torch.isfinite(norm)
+    # Fused optimizers leave weights and moments alone where found_inf is 1: no wait for the host.
+    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepStats(total.item(), norm.item(), bool(finite.item()))
+
+
+def micro_step(
+    model: nn.Module, inputs: Tensor, targets: Tensor, num_targets: int, job: Job
+) -> Tensor:
+    """Add one micro-batch's gradients; its share of the mean loss over `num_targets`."""
+    with autocast(inputs.device, job.precision):
+        loss = model(inputs, targets, z_loss=job.cfg.train.z_loss) / num_targets
+    loss.backward()
+    return loss.detach()
+
+
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """The gradient's norm, after scaling it down to `max_norm` (None: measured only)."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm, foreach=True)
+    return norm
