@@ -73,7 +73,7 @@ class Family:
         if lost:
             raise UserError(
                 f"{self.architecture} cannot express {', '.join(lost)}. "
-                "Change these values, or train with --allow_unexportable true."
+                "Change these values: other tools could not load the model."
             )
         out: Json = {"architectures": [self.architecture], "model_type": self.model_type, **words}
         out["bos_token_id"], out["eos_token_id"] = config.bos_token_id, config.eos_token_id
@@ -132,14 +132,14 @@ def need(raw: Json, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
     value = raw.get(key, default)
     if value not in allowed:
         words = ", ".join(map(str, allowed))
-        raise UserError(f"config.json: {key} is {value!r}. Supported: {words}.")
+        raise UserError(f"{key} is {value!r}. Supported: {words}.")
     return value
 
 
 def required(raw: Json, key: str) -> Any:
     """The value of `key` in a `config.json`, which must be there."""
     if raw.get(key) is None:
-        raise UserError(f"config.json: {key} is missing. Get the model's own config.json.")
+        raise UserError(f"{key} is missing. Get the model's own config.json.")
     return raw[key]
 
 
@@ -154,7 +154,7 @@ def parse_rope(raw: Json, theta_key: str = "rope_theta") -> tuple[float, RopeSca
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise UserError(f"config.json: rotary scaling {kind!r}. Supported: default, llama3.")
+        raise UserError(f"rotary scaling is {kind!r}. Supported: default, llama3.")
     original = rope.get("original_max_position_embeddings") or required(
         raw, "max_position_embeddings"
     )

@@ -1,0 +1,184 @@
+"""Writing a model directory as Hugging Face tools load it: streaming, complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gristmill.config.model import ModelConfig
+from gristmill.formats import fused
+from gristmill.formats.safetensors_io import write_file
+from gristmill.models import zoo
+from gristmill.models.counts import Shapes, parameter_shapes
+from gristmill.tokenizer.tokenizer import Tokenizer
+from gristmill.util.errors import RunError
+
+MAX_SHARD_BYTES = 5e9
+
+
+def write(
+    out_dir: str | Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    *,
+    tokenizer_dir: str | Path | None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = MAX_SHARD_BYTES,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write `config.json`, safetensors, `generation_config.json` and tokenizer files to `out_dir`.
+
+    tensors: parameter name -> full tensor, asked for one at a time; `dtype` unset keeps that of the
+    embedding. extra_files: name -> text of more files. The directory is built beside `out_dir` and
+    renamed, so that a visible one is complete; a directory in its place is replaced, so ask first.
+    Raises UserError when the architecture has no word for the model, RunError when writing fails.
+    """
+    out = Path(out_dir)
+    tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
+    if tokenizer is not None:
+        # The ids that end a text are the tokenizer's, whatever the architecture's table says.
+        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+    words = zoo.family(config.family).to_hf_config(config)
+    dtype = dtype or tensors["embed.weight"].dtype
+    words["torch_dtype"] = str(dtype).removeprefix("torch.")
+    partial = _start(out)
+    try:
+        _write_weights(partial, config, tensors, dtype, max_shard_bytes)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+            _complete_tokenizer(partial, tokenizer)
+        stop_ids = () if tokenizer is None else tokenizer.stop_ids
+        texts = {"config.json": _json(words), **(extra_files or {})}
+        texts["generation_config.json"] = _json(_generation(config, stop_ids))
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        _sync(partial)
+        _swap(partial, out)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
+
+
+def _write_weights(
+    directory: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: float,
+) -> None:
+    """The safetensors files, and their index when there are several."""
+    ours = parameter_shapes(config)
+    names = zoo.family(config.family).weight_names(ours)
+    shapes: Shapes = {}
+    for theirs, parts in names.items():
+        shape = ours[parts[0]]
+        shapes[theirs] = shape if len(parts) == 1 else (fused.rows(config), *shape[1:])
+
+    def get(theirs: str) -> Tensor:
+        parts = names[theirs]
+        if len(parts) == 1:
+            return tensors[parts[0]]
+        return fused.join([tensors[part] for part in parts], config)
+
+    shards = _shards(shapes, dtype.itemsize, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(directory / name, shard, dtype, get)
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(_json(index))
+
+
+def _shards(shapes: Shapes, itemsize: int, max_bytes: float) -> list[Shapes]:
+    """The tensors in order, cut before each one that would make a file too large."""
+    shards: list[Shapes] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        tensor_bytes = prod(shape) * itemsize
+        if shards[-1] and size + tensor_bytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += tensor_bytes
+    return shards
+
+
+def _generation(config: ModelConfig, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+    """`generation_config.json`: where texts start and end, and the rows that never stand for one.
+
+    The rows behind the last token id were never trained, and could win over trained ones.
+    """
+    eos = list(stop_ids) if len(stop_ids) > 1 else config.eos_token_id
+    out: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": eos}
+    if config.token_ids < config.vocab_size:
+        out["suppress_tokens"] = list(range(config.token_ids, config.vocab_size))
+    return out
+
+
+def _complete_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Say in `tokenizer_config.json` which class loads a lone `tokenizer.json`.
+
+    Without it `AutoTokenizer` takes the class of the model's architecture, which may cut text
+    otherwise than the file says.
+    """
+    file = directory / "tokenizer_config.json"
+    if file.exists() or not (directory / "tokenizer.json").exists():
+        return
+    words = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    file.write_text(_json(words | {key: value for key, value in named.items() if value}))
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _start(out: Path) -> Path:
+    """An empty directory beside `out` to build in; takes up what a killed writer left."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = _beside(out, "partial"), _beside(out, "old")
+    if old.exists() and not out.exists():
+        old.rename(out)  # killed between the two renames of a replacement
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    return partial
+
+
+def _swap(partial: Path, out: Path) -> None:
+    """Put the finished directory in the place of `out`."""
+    old = _beside(out, "old")
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    _sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(f".{out.name}.{suffix}")
+
+
+def _sync(directory: Path) -> None:
+    """fsync a directory and the files in it, so that a rename never shows an empty file."""
+    for path in [*directory.iterdir(), directory]:
+        if path.is_file() or path == directory:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)

@@ -1,0 +1,199 @@
+"""Tensors from and to files, one at a time: safetensors (whole or sharded by torch), `.bin`.
+
+Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, raw data).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gristmill.util.errors import UserError
+
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+AGAIN = "Fetch or copy it again."
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
+BYTES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+MAX_HEADER_BYTES = 100_000_000
+Json = dict[str, Any]
+
+
+def read_header(path: Path) -> Json:
+    """Tensor name -> {dtype, shape, data_offsets} (and `__metadata__`) of a safetensors file.
+
+    Raises UserError naming the file, and the first tensor that lies outside it, when the file is
+    no safetensors file or shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise UserError(f"{path} is no safetensors file or is cut off ({size} bytes). {AGAIN}")
+        try:
+            header: Json = json.loads(file.read(length))
+        except ValueError as error:
+            raise UserError(f"{path} has a damaged header ({error}). {AGAIN}") from None
+    for name, entry in header.items():
+        if name != "__metadata__":
+            _check_entry(path, name, entry, size - 8 - length)
+    return header
+
+
+def _check_entry(path: Path, name: str, entry: Json, data_bytes: int) -> None:
+    """UserError when a tensor's place in the file is not what its shape takes."""
+    start, end = entry["data_offsets"]
+    width = BYTES.get(entry["dtype"])
+    if width is not None and end - start != width * prod(entry["shape"]):
+        raise UserError(f"{path}: tensor {name} has a damaged header entry. {AGAIN}")
+    if end > data_bytes:
+        missing = end - data_bytes
+        raise UserError(f"{path} is cut off: tensor {name} lacks {missing} bytes. {AGAIN}")
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of a model directory, sorted; all of them exist.
+
+    An index is believed over the listing, safetensors over `.bin`. Raises UserError when there is
+    none, or a file of the index is missing.
+    """
+    for name in INDEX_FILES:
+        index = directory / name
+        if index.is_file():
+            return _indexed_files(index)
+    # Some repositories carry a second copy under another name (consolidated.safetensors).
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        files = sorted(directory.glob(pattern))
+        if files:
+            return files
+    raise UserError(
+        f"{directory} has no weights (*.safetensors or pytorch_model*.bin). "
+        "Give a directory with a model."
+    )
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{index} is damaged (no weight_map). {AGAIN}") from None
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (index.parent / name).is_file():
+            tensor = next(t for t, file in weight_map.items() if file == name)
+            raise UserError(f"{index.parent / name} is missing: it holds {tensor}. {AGAIN}")
+    return [index.parent / name for name in names]
+
+
+def stream(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
+    """(file, tensor name, tensor on the CPU), one at a time; pieces of a tensor come joined.
+
+    Files written by `torch.distributed.checkpoint` on several ranks hold pieces of a tensor; it is
+    yielded, with its first file, when all of its pieces are read.
+    """
+    headers = {file: read_header(file) for file in files if file.suffix == ".safetensors"}
+    pieces = _pieces(headers)
+    for file in files:
+        if file.suffix != ".safetensors":
+            yield from _stream_pickle(file)
+            continue
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            for name in headers[file]:
+                if name == "__metadata__":
+                    continue
+                places = pieces[name]
+                if len(places) == 1:
+                    yield file, name, opened.get_tensor(name)
+                elif places[0][0] == file:
+                    yield file, name, _join(name, places, headers)
+
+
+def _stream_pickle(path: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Tensors of a `.bin` file; code in the pickle is refused, not run."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} holds more than tensors, which could run code ({reason}). "
+            "Use a safetensors version of this model."
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read ({reason}). {AGAIN}") from None
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield path, name, value
+
+
+Place = tuple[Path, tuple[int, ...]]
+
+
+def _pieces(headers: dict[Path, Json]) -> dict[str, list[Place]]:
+    """Tensor name -> the files that hold a piece of it, with the piece's offsets."""
+    places: dict[str, list[Place]] = {}
+    for file, header in headers.items():
+        sharding = json.loads(header.get("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            offsets = sharding.get(name, {}).get("saved_offsets", [0] * len(entry["shape"]))
+            if (file, tuple(offsets)) not in places.setdefault(name, []):
+                places[name].append((file, tuple(offsets)))
+    return places
+
+
+def _join(name: str, places: list[Place], headers: dict[Path, Json]) -> Tensor:
+    """The whole tensor from its pieces, which must cover it."""
+    entries = [(file, offsets, headers[file][name]["shape"]) for file, offsets in places]
+    full = [max(o[d] + s[d] for _, o, s in entries) for d in range(len(entries[0][2]))]
+    distinct = {offsets: shape for _, offsets, shape in entries}
+    if sum(prod(shape) for shape in distinct.values()) != prod(full):
+        files = ", ".join(file.name for file, _ in places)
+        raise UserError(f"{places[0][0].parent}: pieces of {name} are missing (have {files}).")
+    whole: Tensor | None = None
+    for file, offsets, shape in entries:
+        with safe_open(file, framework="pt", device="cpu") as opened:
+            piece = opened.get_tensor(name)
+        whole = piece.new_empty(full) if whole is None else whole
+        whole[tuple(slice(o, o + s) for o, s in zip(offsets, shape))] = piece
+    assert whole is not None
+    return whole
+
+
+def write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    get: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file of one dtype and fsync it, holding one tensor at a time.
+
+    `get(name)` gives the tensor of that name, of any dtype on any device.
+    """
+    header: Json = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * prod(shape)
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the data starts at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for name, shape in shapes.items():
+            tensor = get(name).detach().to("cpu", dtype).contiguous()
+            assert tuple(tensor.shape) == shape, f"{name} is {tuple(tensor.shape)}, not {shape}"
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
