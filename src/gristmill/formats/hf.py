@@ -130,15 +130,20 @@ def _generation(config: ModelConfig, stop_ids: tuple[int, ...]) -> dict[str, Any
 
 
 def _complete_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
-    """Say in `tokenizer_config.json` which class loads a lone `tokenizer.json`.
+    """Say in `tokenizer_config.json` which class loads a lone `tokenizer.json` or `.model`.
 
-    Without it `AutoTokenizer` takes the class of the model's architecture, which may cut text
-    otherwise than the file says.
+    Without it `AutoTokenizer` takes the class of the model's architecture, or a wrong reading of a
+    SentencePiece model, and cuts text otherwise than the file says without a word.
     """
     file = directory / "tokenizer_config.json"
-    if file.exists() or not (directory / "tokenizer.json").exists():
+    if file.exists():
         return
-    words = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    words: dict[str, Any] = {"clean_up_tokenization_spaces": False}
+    if (directory / "tokenizer.json").exists():
+        words["tokenizer_class"] = "PreTrainedTokenizerFast"
+    else:
+        words |= {"tokenizer_class": zoo.SENTENCEPIECE_CLASS, "legacy": True}
+        words["add_bos_token"] = tokenizer.adds_bos
     named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
     file.write_text(_json(words | {key: value for key, value in named.items() if value}))
 

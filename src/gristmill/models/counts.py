@@ -106,21 +106,20 @@ def state_bytes(config: ModelConfig, precision: str) -> int:
 
 
 def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precision: str) -> int:
-    """What the forward pass keeps for the backward pass, without recomputation.
+    """What an eager forward pass keeps for the backward pass, without recomputation.
 
-    Per token and block, d the width, q and kv the widths of queries and keys: the stream before
-    each norm and the normed stream (4 d), queries, keys and values (q + 2 kv), the attention
-    output (q) and one log-normaliser per head; the feed-forward keeps its inner values: gate, up,
-    the activated gate and their product (4 f), or up and its activation (2 f).
+    Per token and block, d the width, q and kv the widths of queries and keys: around each of the
+    two norms its input and output (2 d; RMSNorm computes in fp32 and keeps that too), queries, keys
+    and values (q + 2 kv), the attention output (q) and one log-normaliser per head; the
+    feed-forward keeps its inner values: gate, up, the activated gate and their product (4 f), or
+    up and its activation (2 f). Compiled blocks keep less.
     """
     q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    wide = BYTES_PER_WEIGHT[precision]
-    narrow = BYTES_PER_ACTIVATION[precision]
+    wide, narrow = BYTES_PER_WEIGHT[precision], BYTES_PER_ACTIVATION[precision]
+    norm = narrow + (8 if config.norm == "rmsnorm" else wide)
     inner = {"swiglu": 4, "gelu": 2}[config.mlp] * config.intermediate_size
-    normed = narrow + (wide if wide != narrow else 0)
-    stream = 2 * config.hidden_size * (wide + normed)
-    block = stream + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
-    return int(micro_batch * seq_len * (config.num_layers * block + 2 * wide * config.hidden_size))
+    block = 2 * norm * config.hidden_size + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
+    return micro_batch * seq_len * (config.num_layers * block + norm * config.hidden_size)
 
 
 def training_memory_bytes(

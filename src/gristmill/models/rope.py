@@ -46,10 +46,10 @@ def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]
 
     The axis of length one is where the heads go.
     """
-    # Autocast has no business here: bf16 angles are wrong by whole turns at long positions.
-    with torch.autocast(positions.device.type, enabled=False):
-        angles = positions.float().unsqueeze(-1) * frequencies(config, positions.device)
-        return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    # Products of two numbers each, which autocast leaves alone: bf16 angles would be wrong by whole
+    # turns at long positions.
+    angles = positions.float().unsqueeze(-1) * frequencies(config, positions.device)
+    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

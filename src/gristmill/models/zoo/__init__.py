@@ -13,6 +13,9 @@ from gristmill.util.errors import UserError
 
 FAMILIES: dict[str, Family] = {f.name: f for f in (llama.FAMILY, pythia.FAMILY)}
 
+SENTENCEPIECE_CLASS = "LlamaTokenizer"
+"""The class of `transformers` that reads any SentencePiece `tokenizer.model` as it is meant."""
+
 
 def models() -> dict[str, Model]:
     """Every named model, in the order of its name (capitals first)."""

@@ -1,0 +1,38 @@
+import math
+
+import pytest
+import torch
+
+from gristmill.models.attention import attend
+
+
+def reference(q, k, v, allowed):
+    """Attention written out, with the keys and values repeated for the heads that share them."""
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    return scores.masked_fill(~allowed, -math.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("length", [1, 7])
+def test_groups_share_keys_and_values_in_order(kv_heads, length):
+    torch.manual_seed(0)
+    q = torch.randn(2, 6, length, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 2, kv_heads, 7, 8, dtype=torch.float64)
+    causal = torch.ones(length, 7, dtype=torch.bool).tril(7 - length)
+    torch.testing.assert_close(attend(q, k, v), reference(q, k, v, causal))
+
+
+def test_mask_replaces_the_causal_rule():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 8, dtype=torch.float64)
+    mask = torch.rand(2, 1, 5, 5) > 0.5
+    mask |= torch.eye(5, dtype=torch.bool)
+    torch.testing.assert_close(attend(q, k, v, mask), reference(q, k, v, mask))
+
+
+def test_flash_kernel_is_used_on_cpu():
+    q, k = torch.randn(1, 4, 16, 8, requires_grad=True), torch.randn(1, 2, 16, 8)
+    out = attend(q, k, k)
+    assert "Flash" in type(out.grad_fn).__name__, type(out.grad_fn).__name__
