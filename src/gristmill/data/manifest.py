@@ -1,0 +1,134 @@
+"""The manifest of a dataset: what it is, where it came from, and a digest of every chunk.
+
+`manifest.json` is written last and is what makes a dataset visible. It holds no absolute paths,
+times or names of machines: the same input gives the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gristmill.data.chunks import ChunkRecord
+from gristmill.util.errors import UserError
+
+NAME = "manifest.json"
+FORMAT = "gristmill-dataset"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerRecord:
+    """The tokenizer that made the ids, and what was put around each document."""
+
+    digest: str
+    """SHA-256 of the defining file, which lies in `tokenizer/`."""
+    bos_id: int | None
+    """Id before each document."""
+    eos_id: int | None
+    """Id after each document."""
+    engine: str
+    """What encoded, with its version."""
+    parity: str
+    """How the engine was checked against the definition."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """Sums over the dataset. `text_bytes` counts UTF-8; None where the text is not known."""
+
+    tokens: int
+    documents: int
+    chunks: int
+    text_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the text came from: the job that prepared it and its inputs."""
+
+    plan: str
+    """Hash of the plan: inputs, their contents, and every option that shapes the dataset."""
+    layout: str
+    seed: int
+    chunk_tokens: int
+    val_fraction: float
+    split: str
+    """`train` or `val` of a split, else empty."""
+    inputs: tuple[tuple[str, int], ...]
+    """Relative path and bytes of each input file."""
+    rejects: Mapping[str, int]
+    """Documents of the whole job that could not be read, by reason."""
+    empty_documents: int
+    """Documents of the whole job without text, which are left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a reader needs to know of a dataset. `tokenizer` and `source` are None for an
+    adopted one."""
+
+    dataset_id: str
+    """Digest of the chunks' contents and of how to read them: the same data is the same dataset."""
+    dtype: str
+    num_token_ids: int | None
+    """Largest id of the tokenizer + 1; None where it is not known."""
+    totals: Totals
+    tokenizer: TokenizerRecord | None
+    source: Source | None
+    chunks: tuple[ChunkRecord, ...] = field(repr=False)
+
+
+def dataset_id(chunks: Sequence[ChunkRecord], dtype: str) -> str:
+    """The identity of a dataset with these chunks, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(f"{FORMAT} {VERSION} {dtype}\n".encode())
+    for chunk in chunks:
+        line = f"{chunk.name} {chunk.tokens} {chunk.documents} {chunk.xxh3}\n"
+        digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def to_json(manifest: Manifest) -> str:
+    """The text of `manifest.json`: the same for equal manifests."""
+    value = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
+    return json.dumps(value, indent=1, sort_keys=True) + "\n"
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest in `folder`. Raises UserError when there is none or it cannot be read."""
+    path = folder / NAME
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return _typed(path, value)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is no manifest of a dataset ({error!r}). prepare the dataset again."
+        ) from error
+
+
+def _typed(path: Path, value: dict[str, Any]) -> Manifest:
+    if value.pop("format") != FORMAT:
+        raise UserError(f"{path} is not a gristmill manifest. name the directory of a dataset.")
+    if (version := value.pop("version")) != VERSION:
+        raise UserError(
+            f"{path} has format version {version}, this gristmill reads {VERSION}. "
+            "use the gristmill that wrote it, or prepare the dataset again."
+        )
+    source = value.pop("source")
+    if source is not None:
+        source["inputs"] = tuple((name, size) for name, size in source["inputs"])
+    tokenizer = value.pop("tokenizer")
+    return Manifest(
+        totals=Totals(**value.pop("totals")),
+        tokenizer=None if tokenizer is None else TokenizerRecord(**tokenizer),
+        source=None if source is None else Source(**source),
+        chunks=tuple(ChunkRecord(**chunk) for chunk in value.pop("chunks")),
+        **value,
+    )
