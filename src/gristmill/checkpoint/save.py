@@ -22,19 +22,11 @@ from gristmill.checkpoint.store import FileDigest
 from gristmill.checkpoint.torch_dcp import quiet_single_process
 from gristmill.checkpoint.writer import write_tensors
 from gristmill.config.model import ModelConfig
+from gristmill.tokenizer import sidecar
 from gristmill.util.errors import UserError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-)
+# The last one names the ids that end a text.
+TOKENIZER_FILES = (*sidecar.FILES, "generation_config.json")
 # Kept free on the disk beyond the checkpoint itself, so that metrics can still be written.
 SPARE_BYTES = 16 << 20
 
