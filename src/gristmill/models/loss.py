@@ -12,11 +12,10 @@ from torch import Tensor
 IGNORE = -100
 """Target of a position that does not count."""
 
-CHUNK_ROWS = {"cpu": 512}
-OTHER_CHUNK_ROWS = 2048
-"""Positions whose logits exist at one time, by device. Every chunk reads and writes the whole fp32
-weight gradient once, which costs about as much as 300 rows of products on a processor whose caches
-also have to hold the chunk, and more rows the faster the device is next to its memory."""
+CPU_CHUNK_ROWS, CHUNK_ROWS = 512, 2048
+"""Positions whose logits exist at one time. Every chunk reads and writes the whole fp32 weight
+gradient, which costs as much as the products of about 300 rows on a GPU, so a chunk has to be
+several times that; a CPU wants the chunk in its caches as well (512 was fastest of 128 to 2048)."""
 
 EAGER_ROWS = 32
 """Rows whose powers exist in fp32 at one time where nothing fuses them."""
@@ -28,21 +27,27 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     z_loss: float = 0.0,
+    num_token_ids: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Summed cross entropy of `hidden @ weight.T` against `targets`, an fp32 scalar.
 
     `hidden` [N, d], `weight` [V, d], `targets` int64 [N]; positions whose target is -100 count
     nothing. `z_loss` adds z_loss * (log normaliser)^2 per counted position (PaLM,
-    arXiv:2204.02311, section 5). Products run in the autocast type where autocast is on, sums in
-    fp32 (fp64 for fp64 input). Gradients are made together with the loss, a chunk of rows at a
-    time, so a backward pass can run once. `compiled` fuses the softmax with torch.compile.
+    arXiv:2204.02311, section 5). Rows of `weight` from `num_token_ids` on take no part and get a
+    zero gradient. Products run in the autocast type where autocast is on, sums in fp32 (fp64 for
+    fp64 input). Gradients are made together with the loss, a chunk of rows at a time, so a
+    backward pass can run once. `compiled` fuses the passes over the logits with torch.compile.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        dtype = hidden.dtype
-    return _LinearCrossEntropy.apply(hidden, weight, targets, z_loss, dtype, compiled)
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if _autocast(device) else hidden.dtype
+    return _LinearCrossEntropy.apply(
+        hidden, weight, targets, z_loss, num_token_ids or weight.shape[0], dtype, compiled
+    )
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +69,13 @@ def _eager_exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(peaks), torch.cat(totals)
 
 
+def _accumulate(total: Tensor, part: Tensor) -> None:
+    total += part
+
+
 @functools.cache
-def _compiled_exp_rows() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    return torch.compile(_exp_rows, dynamic=False)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -85,53 +94,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         z_loss: float,
+        num_token_ids: int,
         dtype: torch.dtype,
         compiled: bool,
     ) -> Tensor:
-        exp_rows = _compiled_exp_rows() if compiled else _eager_exp_rows
+        """The loss; leaves the gradients in `ctx`."""
+        exp_rows = _compiled(_exp_rows) if compiled else _eager_exp_rows
+        accumulate = _compiled(_accumulate) if compiled else _accumulate
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
         loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = None
-        count = min(CHUNK_ROWS.get(hidden.device.type, OTHER_CHUNK_ROWS), hidden.shape[0])
-        positions = torch.arange(count, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        limit = CPU_CHUNK_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
+        size = min(limit, hidden.shape[0])
+        positions = torch.arange(size, device=hidden.device)
         # One buffer for all chunks: a fresh one each time costs more in page faults than its use.
-        buffer = hidden.new_empty((count, weight.shape[0]), dtype=dtype)
+        buffer = hidden.new_empty((size, weight.shape[0]), dtype=dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = weight.to(dtype)
-            for start in range(0, hidden.shape[0], count):
-                rows = slice(start, start + count)
+            for start in range(0, hidden.shape[0], size or 1):
+                rows = slice(start, start + size)
                 part = hidden[rows].to(dtype)
                 valid = targets[rows] != IGNORE
-                at = (positions[: part.shape[0]], targets[rows].clamp(min=0))
-                logits = torch.mm(part, narrow.t(), out=buffer[: part.shape[0]])
-                target_logit = logits[at].to(loss.dtype)
+                at_target = (positions[: len(part)], targets[rows].clamp(min=0))
+                logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])
+                logits[:, num_token_ids:] = -torch.inf
+                target_logit = logits[at_target].to(loss.dtype)
                 peak, total = exp_rows(logits)
                 lse = peak + total.log()
                 row_loss = lse - target_logit + z_loss * lse.square()
                 loss += row_loss.masked_fill(~valid, 0.0).sum()
-                if not any(ctx.needs_input_grad):
+                if not (need_hidden or need_weight):
                     continue
                 factor = 1.0 + 2.0 * z_loss * lse
-                logits[at] = ((target_logit - peak).exp() - total / factor).to(dtype)
+                logits[at_target] = ((target_logit - peak).exp() - total / factor).to(dtype)
                 scale = (factor / total).masked_fill(~valid, 0.0).unsqueeze(-1)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (logits @ narrow) * scale
-                if ctx.needs_input_grad[1]:
-                    product = logits.t() @ (part * scale).to(dtype)
-                    if grad_weight is None:
-                        grad_weight = product.to(weight.dtype)
-                    else:
-                        grad_weight += product
+                if grad_weight is not None:
+                    accumulate(grad_weight, logits.t() @ (part * scale).to(dtype))
         ctx.gradients = (grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, scaled in place: they are as large as the head itself."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("linear_cross_entropy can run backward only once")
         for gradient in gradients:
             if gradient is not None:
                 gradient *= grad_output
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
