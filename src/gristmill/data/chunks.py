@@ -55,10 +55,31 @@ class ChunkRecord:
 
 @dataclass(frozen=True)
 class MappedChunk:
-    """A chunk on disk, mapped into memory: read-only `tokens`, and where each document ends."""
+    """A chunk on disk, mapped into memory: its tokens and its document index, both read-only."""
 
     tokens: Tokens
-    ends: Int64s
+    offsets: NDArray[np.uint32]
+    """The header's own: where each document begins in the file, and the file's size."""
+    continues: bool
+
+    @property
+    def ends(self) -> Int64s:
+        """The index after the last token of each item, int64 [items]."""
+        offsets = self.offsets.astype(np.int64)
+        return (offsets[1:] - offsets[0]) // self.tokens.itemsize
+
+    def ends_within(self, start: int, stop: int) -> NDArray[np.int32]:
+        """Where documents end in tokens `start` to `stop`: indices after a last token, from `start`.
+
+        Of the header, only what is looked at is read.
+        """
+        first, width = int(self.offsets[0]), self.tokens.itemsize
+        bounds = np.array([first + start * width, first + stop * width], dtype=np.uint32)
+        begin, end = np.searchsorted(self.offsets, bounds, side="right")
+        found = (self.offsets[begin:end].astype(np.int64) - first) // width - start
+        if self.continues and end == len(self.offsets):
+            found = found[:-1]  # cut here, not ended
+        return found.astype(np.int32)
 
 
 def dtype_for(num_token_ids: int) -> str:
@@ -116,14 +137,14 @@ def map_chunk(path: Path, record: ChunkRecord, dtype: str) -> MappedChunk:
             f"cannot read {path} ({error.strerror}). restore it, or prepare the dataset again."
         ) from error
     first = 4 * (record.documents + 2)
-    header = np.frombuffer(data[:first].tobytes(), dtype="<u4").astype(np.int64)
+    header = data[:first].view("<u4") if size > first else np.zeros(3, dtype="<u4")
     element = np.dtype(dtype).newbyteorder("<")
     if header[0] != record.documents or header[1] != first or header[-1] != size:
         raise RunError(
             f"{path} is damaged: its header does not agree with its size. copy it again, "
             "or prepare the dataset again with --overwrite."
         )
-    return MappedChunk(data[first:].view(element), (header[2:] - first) // element.itemsize)
+    return MappedChunk(data[first:].view(element), header[1:], record.continues)
 
 
 def index_json(

@@ -49,7 +49,10 @@ def finalize(
     _gather_rejects(plan, space)
     _check_rejects(records, space, max_reject_fraction)
     _check_splits(plan, records)
-    os.replace(space.folder / REJECTS, space.out / REJECTS)
+    # With the dataset, so that nobody takes it for records of a corpus.
+    first = space.out / plan.recipe.splits[0]
+    first.mkdir(exist_ok=True)
+    os.replace(space.folder / REJECTS, first / REJECTS)
     made = {}
     # Training last: it is the dataset that people look for.
     for number in reversed(range(len(plan.recipe.splits))):

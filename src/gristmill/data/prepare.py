@@ -75,7 +75,8 @@ def build(plan: Plan, job: Job) -> dict[str, Manifest]:
     try:
         with space.locked():
             made = datasets_in(out)
-            if not made or space.stored():  # else whoever held the lock has finished it
+            # Whoever held the lock may have finished it.
+            if space.stored() or not _are_of(made, plan):
                 engine = _begin(plan, job, space)
                 missing = sorted(set(range(len(plan.units))) - space.committed())
                 _check_disk(plan, missing, out)
@@ -171,23 +172,27 @@ def recipe_for(
 
 def _is_finished(plan: Plan, out: Path, *, overwrite: bool) -> bool:
     """Whether `out` holds this job's result. Raises UserError for another job's."""
-    found = datasets_in(out)
-    plans = {m.source.plan if m.source else "" for m in found.values()}
-    complete = set(found) == set(plan.recipe.splits)
     if overwrite:
         check_replaceable(out)
         return False
-    if plans == {plan.hash}:
-        return complete
+    found = datasets_in(out)
+    if _are_of(found, plan):
+        return True
     begun = Workspace(out).stored()
-    if plans or (begun is not None and begun["hash"] != plan.hash):
-        what = "the dataset" if plans else "the unfinished work"
+    if begun["hash"] != plan.hash if begun else found:
+        what = "the unfinished work" if begun else "the dataset"
         raise UserError(
             f"{out} holds {what} of another job: input, options or tokenizer differ. "
             "name another --output_dir, or replace it with --overwrite."
         )
     check_replaceable(out)
     return False
+
+
+def _are_of(found: dict[str, Manifest], plan: Plan) -> bool:
+    """Whether these are all the datasets that the plan makes."""
+    plans = {m.source.plan if m.source else "" for m in found.values()}
+    return set(found) == set(plan.recipe.splits) and plans == {plan.hash}
 
 
 def _begin(plan: Plan, job: Job, space: Workspace) -> EngineChoice:

@@ -9,8 +9,8 @@ from gristmill.data.manifest import Manifest
 from gristmill.data.progress import duration
 
 
-def text(out: Path, made: Mapping[str, Manifest], seconds: float) -> str:
-    """Several lines: what there is now, what was left out and why, and what to do next."""
+def text(out: Path, made: Mapping[str, Manifest], seconds: float, *, following: bool = True) -> str:
+    """Several lines: what there is now, what was left out and why, and what follows."""
     tokens = sum(m.totals.tokens for m in made.values())
     size = sum(m.totals.text_bytes or 0 for m in made.values())
     documents = sum(m.totals.documents for m in made.values())
@@ -24,8 +24,9 @@ def text(out: Path, made: Mapping[str, Manifest], seconds: float) -> str:
             f"  {name + ':':6} {m.totals.tokens:,} tokens in {out / name}"
             for name, m in sorted(made.items())
         ]
-    lines += _left_out(out, next(iter(made.values())))
-    lines.append(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {out}")
+    lines += _left_out(out / ("train" if "train" in made else ""), next(iter(made.values())))
+    if following:
+        lines.append(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {out}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,150 @@
+"""A dataset on disk: what its manifest says, and its chunks mapped into memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gristmill.data import manifest
+from gristmill.data.chunks import ChunkRecord, MappedChunk, adopt, map_chunk
+from gristmill.data.manifest import Manifest, Totals
+from gristmill.data.workspace import NAME as UNFINISHED
+from gristmill.util.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Mappings are cheap but the system limits their number.
+_MAX_MAPPED = 1024
+# Files of a dataset with more chunks are looked at when they are read, not when it is opened.
+_MAX_CHECKED = 4096
+_SCANNED_BYTES = 1 << 30
+
+
+class Dataset:
+    """A prepared dataset, or a litdata token dataset adopted where it is. Nothing is written.
+
+    `chunks` lists the chunk files in their order; `map(i)` gives the tokens of one.
+    """
+
+    def __init__(self, path: Path, contents: Manifest) -> None:
+        self.path = path
+        self.manifest = contents
+        self.dataset_id = contents.dataset_id
+        self.dtype = contents.dtype
+        self.chunks: tuple[ChunkRecord, ...] = contents.chunks
+        self.num_tokens = contents.totals.tokens
+        self.num_documents = contents.totals.documents
+        self.text_bytes = contents.totals.text_bytes
+        """Bytes of the text in UTF-8; None for an adopted dataset."""
+        self._mapped: OrderedDict[int, MappedChunk] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Dataset:
+        """The dataset in the directory `path`.
+
+        Raises UserError when there is none, it is unfinished or empty, or litdata chunks there
+        cannot be read as tokens; RunError when a chunk is missing or has another size.
+        """
+        folder = Path(path).expanduser()
+        if (folder / manifest.NAME).is_file():
+            dataset = cls(folder, manifest.read(folder))
+        elif (folder / "index.json").is_file() and not (folder / UNFINISHED).exists():
+            dataset = cls(folder, _adopted(folder))
+        else:
+            raise UserError(_why_not(folder))
+        if dataset.num_tokens == 0:
+            raise UserError(
+                f"{folder} holds no tokens ({len(dataset.chunks)} chunks). prepare other text."
+            )
+        if len(dataset.chunks) <= _MAX_CHECKED and dataset.manifest.source is not None:
+            for number in range(len(dataset.chunks)):
+                dataset._check(number)
+        return dataset
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The tokenizer's files inside the dataset; None for an adopted one."""
+        folder = self.path / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    @cached_property
+    def num_token_ids(self) -> int:
+        """Largest id + 1: the tokenizer's, or for an adopted dataset that of its tokens.
+
+        Of more than 1 GB of adopted tokens, an even sample is looked at.
+        """
+        known = self.manifest.num_token_ids
+        return known if known is not None else self._largest_id() + 1
+
+    @cached_property
+    def chunk_tokens(self) -> NDArray[np.int64]:
+        """Tokens of each chunk, int64[chunks]."""
+        return np.array([chunk.tokens for chunk in self.chunks], dtype=np.int64)
+
+    def map(self, chunk: int) -> MappedChunk:
+        """A chunk's tokens, in the dataset's element type, and where its documents end."""
+        if chunk not in self._mapped:
+            record = self.chunks[chunk]
+            self._mapped[chunk] = map_chunk(self.path / record.name, record, self.dtype)
+            while len(self._mapped) > _MAX_MAPPED:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(chunk)
+        return self._mapped[chunk]
+
+    def _check(self, number: int) -> None:
+        record = self.chunks[number]
+        path = self.path / record.name
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            map_chunk(path, record, self.dtype)  # says what is wrong
+
+    def _largest_id(self) -> int:
+        share = max(1, -(-sum(chunk.bytes for chunk in self.chunks) // _SCANNED_BYTES))
+        largest = 0
+        for number in range(len(self.chunks)):
+            tokens = self.map(number).tokens
+            scanned = tokens[: max(1, len(tokens) // share)]
+            lowest = int(scanned.min())
+            if lowest < 0:
+                raise UserError(
+                    f"{self.path / self.chunks[number].name} holds the token id {lowest}. "
+                    "prepare the text again: ids are 0 or more."
+                )
+            largest = max(largest, int(scanned.max()))
+        return largest
+
+
+def _adopted(folder: Path) -> Manifest:
+    chunks, dtype = adopt(folder)
+    return Manifest(
+        dataset_id=manifest.dataset_id(chunks, dtype),
+        dtype=dtype,
+        num_token_ids=None,
+        totals=Totals(
+            tokens=sum(chunk.tokens for chunk in chunks),
+            documents=sum(chunk.documents for chunk in chunks),
+            chunks=len(chunks),
+            text_bytes=None,
+        ),
+        tokenizer=None,
+        source=None,
+        chunks=tuple(chunks),
+    )
+
+
+def _why_not(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no dataset {folder}. check the path, or make one: gristmill prepare"
+    if (folder / UNFINISHED).exists():
+        return f"{folder} is not finished. run the `gristmill prepare` command of it again."
+    inside = [name for name in ("train", "val") if (folder / name / "index.json").is_file()]
+    if inside:
+        return f"{folder} holds the datasets {' and '.join(inside)}. name {folder / inside[0]}."
+    return (
+        f"{folder} is no dataset (neither manifest.json nor index.json is there). raw text is "
+        "named as --data TextFiles --data.train_data_path, or made one by `gristmill prepare`."
+    )
