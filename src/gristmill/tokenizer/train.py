@@ -244,7 +244,7 @@ def _write(
     trained: Trained,
 ) -> None:
     """Write all files beside `out_dir` and move them in, tokenizer.json last."""
-    config = {
+    config: dict[str, Any] = {
         "bos_token": cfg.bos_token,
         "eos_token": cfg.eos_token,
         # The class that takes tokenizer.json as it is, in every version of transformers.
@@ -253,6 +253,8 @@ def _write(
         # transformers' word for "no limit of its own".
         "model_max_length": int(1e30),
     }
+    if cfg.special_tokens:
+        config["additional_special_tokens"] = cfg.special_tokens
     facts = {name: value for name, value in asdict(trained).items() if name != "is_new"}
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import pytest
+
+from gristmill.util.paths import resolve_model_dir, user_cache_dir
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints/org/name").mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_downloaded_model_goes_by_its_short_name():
+    assert resolve_model_dir("org/name") == Path("checkpoints/org/name")
+    assert resolve_model_dir(Path("checkpoints/org/name")) == Path("checkpoints/org/name")
+
+
+def test_what_exists_here_comes_first(here):
+    (here / "org/name").mkdir(parents=True)
+    assert resolve_model_dir("org/name") == Path("org/name")
+
+
+def test_other_paths_stay_as_they_are(here):
+    assert resolve_model_dir("absent") == Path("absent")
+    assert resolve_model_dir(here / "org") == here / "org"
+    assert resolve_model_dir("checkpoints/absent") == Path("checkpoints/absent")
+
+
+def test_home_is_expanded(monkeypatch, here):
+    monkeypatch.setenv("HOME", str(here))
+    assert resolve_model_dir("~/x") == here / "x"
+
+
+def test_user_cache_dir(monkeypatch, here):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "c"))
+    assert user_cache_dir() == here / "c/gristmill"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(here))
+    monkeypatch.setattr("sys.platform", "linux")
+    assert user_cache_dir() == here / ".cache/gristmill"
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert user_cache_dir() == here / "Library/Caches/gristmill"
