@@ -21,6 +21,37 @@ _GATE = 1  # raise when the awkward texts change: old verdicts then no longer co
 _MAX_SAMPLES = 64
 
 
+# Texts that tell tokenizers apart: white space, control characters, scripts, digits, runs, code.
+# fmt: off
+_AWKWARD = [
+    *("", " ", "  ", "   a", "a   ", "\t", "\n", "\n\n", "\n\n\n  x", "\r\n", "a\r\n\r\nb", "\r"),
+    *(" \n \n ", "a \u00a0 b", "\u3000全角\u3000", "\u2028x\u2029", "\x0b\x0c", "\x85y", "\x1cz"),
+    *("\x00", "a\x00b", "\x01\x7f", "\ufeffBOM", "\ufffd", "a\ufffd\ufffdb", "\U0010ffff"),
+    "\u200b",
+    *("🙂", "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "👍🏽👍", "1️⃣", "🇩🇪🇫🇷", "☃️ ☃"),
+    *("é", "e\u0301", "ạ̈̈", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢", "\u0301start", "ﬁ ﬀ Ⅷ ½ ² ①"),
+    *("İıſ", "ǅ ß ẞ Σς"),
+    *("中文字符测试。", "日本語のテキスト、カタカナ", "한국어 가나다", "\u1112\u1161\u11ab"),
+    "𠮷野家",
+    *("שלום עולם", "مرحبا بالعالم ١٢٣", "हिन्दी क्ष", "ภาษาไทย", "Привет, мир", "ქართული"),
+    *("\u202eabc\u202c", "don't I'll WE'VE it's they're I'M 'tis 's '", "can’t won’t ’s"),
+    "rock'n'roll",
+    *("1", "12", "123", "1234", "1234567890" * 5, "3.14159e-10", "1,000,000", "x1y22z333", "٣٤٥"),
+    *("a" * 20_000, " " * 3_000, "\n" * 3_000, "ab" * 5_000, "中" * 3_000, "-" * 300, "=" * 79),
+    *(" a" * 500, "\t" * 50 + "x", "0" * 1_000, "!" * 500, "🙂" * 300, "e\u0301" * 300),
+    "\u0301" * 50,
+    "def f(x: int) -> str:\n    return f'{x!r}'  # why?\n\n\nclass A(B):\n\tpass\n",
+    "#include <stdio.h>\r\nint main(void) { return a->b[0] << 2; }\r\n",
+    '{"key": [1, 2.5, null], "näme": "\\u00e9\\n"}\n',
+    "<html><body class='x'>&nbsp;&#39;</body></html>",
+    "https://example.org/a?b=c&d=%20e#f user@example.org C:\\dir\\file.txt",
+    "$\\frac{a}{b} \\in \\mathbb{R}^{n}$ — “quotes” … ‘x’",
+    "mixedСловоmit文字und123\tTab\u00a0NBSP  two   three    four",
+    *("<s>", "</s>", "[INST] x [/INST]", "<|im_start|>user\n", "<|endoftext|>", "▁x ▁ ▁▁", "Ġx Ċ"),
+]
+# fmt: on
+
+
 class EncodesBatch(Protocol):
     """Anything that encodes a list of texts to (ids uint32, offsets int64)."""
 
@@ -86,101 +117,15 @@ def difference(definition: EncodesBatch, engine: EncodesBatch, texts: Sequence[s
 
 
 def awkward_texts(special_tokens: Iterable[str]) -> list[str]:
-    """Texts that tell tokenizers apart: white space, scripts, runs, code, special tokens' text."""
+    """Texts that tell tokenizers apart, among them the text of special tokens in all positions."""
     special = list(special_tokens)[:64]
-    texts = [
-        *(
-            "",
-            " ",
-            "  ",
-            "   a",
-            "a   ",
-            "\t",
-            "\n",
-            "\n\n",
-            "\n\n\n  x",
-            "\r\n",
-            "a\r\n\r\nb",
-            "\r",
-        ),
-        *(
-            " \n \n ",
-            "a \u00a0 b",
-            "\u3000全角\u3000",
-            "\u2028x\u2029",
-            "\x0b\x0c",
-            "\x85y",
-            "\x1cz",
-        ),
-        *(
-            "\x00",
-            "a\x00b",
-            "\x01\x7f",
-            "\ufeffBOM",
-            "\ufffd",
-            "a\ufffd\ufffdb",
-            "\U0010ffff",
-            "\u200b",
-        ),
-        *("🙂", "👩\u200d👩\u200d👧\u200d👦", "🏳️\u200d🌈", "👍🏽👍", "1️⃣", "🇩🇪🇫🇷", "☃️ ☃"),
-        *("é", "e\u0301", "ạ̈̈", "Z͑ͫ̓ͪ̂ͫ̽͏̴̙̤̞͉͚̯̞̠͍A̴̵̜̰͔ͫ͗͢", "\u0301start", "ﬁ ﬀ Ⅷ ½ ² ①", "İıſ", "ǅ ß ẞ Σς"),
-        *(
-            "中文字符测试。",
-            "日本語のテキスト、カタカナ",
-            "한국어 가나다",
-            "\u1112\u1161\u11ab",
-            "𠮷野家",
-        ),
-        *("שלום עולם", "مرحبا بالعالم ١٢٣", "हिन्दी क्ष", "ภาษาไทย", "Привет, мир", "ქართული"),
-        *(
-            "\u202eabc\u202c",
-            "don't I'll WE'VE it's they're I'M 'tis 's '",
-            "can’t won’t ’s",
-            "rock'n'roll",
-        ),
-        *(
-            "1",
-            "12",
-            "123",
-            "1234",
-            "1234567890" * 5,
-            "3.14159e-10",
-            "1,000,000",
-            "x1y22z333",
-            "٣٤٥",
-        ),
-        *("a" * 20_000, " " * 3_000, "\n" * 3_000, "ab" * 5_000, "中" * 3_000, "-" * 300, "=" * 79),
-        *(
-            " a" * 500,
-            "\t" * 50 + "x",
-            "0" * 1_000,
-            "!" * 500,
-            "🙂" * 300,
-            "e\u0301" * 300,
-            "\u0301" * 50,
-        ),
-        "def f(x: int) -> str:\n    return f'{x!r}'  # why?\n\n\nclass A(B):\n\tpass\n",
-        "#include <stdio.h>\r\nint main(void) { return a->b[0] << 2; }\r\n",
-        '{"key": [1, 2.5, null], "näme": "\\u00e9\\n"}\n',
-        "<html><body class='x'>&nbsp;&#39;</body></html>",
-        "https://example.org/a?b=c&d=%20e#f user@example.org C:\\dir\\file.txt",
-        "$\\frac{a}{b} \\in \\mathbb{R}^{n}$ — “quotes” … ‘x’",
-        "mixedСловоmit文字und123\tTab\u00a0NBSP  two   three    four",
+    written = [
         "".join(special),
         *special,
         *(f"a{t}b {t} c\n{t}\n {t}{t} x" for t in special),
         *(t[:-1] for t in special),
-        *(
-            "<s>",
-            "</s>",
-            "[INST] x [/INST]",
-            "<|im_start|>user\n",
-            "<|endoftext|>",
-            "▁x ▁ ▁▁",
-            "Ġx Ċ",
-        ),
     ]
-    return texts + _mixtures(special)
+    return [*_AWKWARD, *written, *_mixtures(special)]
 
 
 def _mixtures(special: list[str]) -> list[str]:

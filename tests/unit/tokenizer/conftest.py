@@ -1,3 +1,4 @@
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,5 +48,10 @@ def stories_dir(shared):
 @pytest.fixture(params=["trained", "tokenizers/gpt2", "tokenizers/neox", "models/stories260K/hf"])
 def any_tokenizer(request, trained_dir):
     if request.param == "trained":
-        return Tokenizer.load(trained_dir)
-    return Tokenizer.load(request.getfixturevalue("shared") / "data" / request.param)
+        return _loaded(trained_dir)
+    return _loaded(request.getfixturevalue("shared") / "data" / request.param)
+
+
+@cache
+def _loaded(path):
+    return Tokenizer.load(path)

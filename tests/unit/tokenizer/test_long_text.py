@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,3 +97,24 @@ def test_calls_are_bounded(trained):
     assert sum(calls) == sum(map(len, texts))
     assert offsets.tolist() == list(range(51))
     assert len(ids) == 50
+
+
+MEASURE = """
+import resource, sys
+from gristmill.tokenizer.tokenizer import Tokenizer
+tokenizer = Tokenizer.load(sys.argv[1])
+text = "Some words of prose in a line, " * 3 + "\\nwith another one\\n"
+text = (text * 100_000)[: 8_000_000]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids, _ = tokenizer.encode_batch([text])
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((after - before) * 1024 / len(text))
+"""
+
+
+@pytest.mark.slow
+def test_memory_for_a_long_document_is_bounded(trained_dir):
+    command = [sys.executable, "-c", MEASURE, str(trained_dir)]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # Ids are 4 bytes each; whole, the library takes more than 100 bytes per byte of text.
+    assert float(told) < 30
