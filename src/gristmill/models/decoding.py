@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
@@ -25,7 +26,6 @@ class Context:
     def __init__(self, model: Decoder, *, autocast: torch.dtype | None = None) -> None:
         weight = model.embed.weight
         self.model = model
-        self.forward = model.forward
         self.limit = model.config.max_seq_length
         self.ids: list[int] = []
         self.device = weight.device
@@ -61,7 +61,9 @@ class Context:
             same += 1
         del self.ids[same:]
         new = list(ids[same:])
-        logits = self._advance(torch.tensor([new], device=self.device))
+        # Prompts have every length: only the step of one token is worth compiling.
+        with torch.compiler.set_stance("force_eager"):
+            logits = self._advance(torch.tensor([new], device=self.device))
         self.ids += new
         return logits
 
@@ -72,6 +74,23 @@ class Context:
         self.ids.append(token_id)
         return logits
 
+    def compile(self) -> str | None:
+        """Compile the decoding step now; None, or why it stays as it is."""
+        for block in self.model.layers:
+            block.compile()
+        try:
+            # Two steps: the second shows that the length varies.
+            self.read([0])
+            for _ in range(2):
+                self.add(torch.zeros(1, dtype=torch.int64, device=self.device), 0)
+        except TorchDynamoException as error:
+            for block in self.model.layers:
+                block._compiled_call_impl = None
+            return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        finally:
+            self.ids.clear()
+        return None
+
     # Not around the generator: a mode held over a `yield` would leak into the caller's code.
     @torch.inference_mode()
     def _advance(self, tokens: Tensor) -> Tensor:
@@ -79,7 +98,7 @@ class Context:
         # Stated anew each time, because an interrupt can fall between the model and `ids`.
         self._cache.length = len(self.ids)
         with self._precision():
-            return self.forward(tokens, cache=self._cache, num_logits=1)[:, -1]
+            return self.model(tokens, cache=self._cache, num_logits=1)[:, -1]
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast is None:

@@ -1,0 +1,130 @@
+"""The `chat` command: talk with a model, turn by turn."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+
+import torch
+
+from gristmill.config.commands import Chat
+from gristmill.infer.conversation import Conversation
+from gristmill.infer.load import LoadedModel, cut_short, emit, load, note, speed, use_few_threads
+from gristmill.models.decoding import Context, check_sampling
+from gristmill.util.errors import UserError
+
+LEAVE = ("!quit", "!exit")
+END_OF_LINES = "."
+
+
+def chat(cfg: Chat) -> None:
+    """Read prompts and stream replies until an empty prompt, `!quit`, `!exit` or the input's end.
+
+    The conversation is on stdout, speed and remarks on stderr. Ctrl-C during a reply stops the
+    reply; at the prompt it leaves. Prompts may also come through a pipe, one a line.
+    """
+    check_sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
+    loaded = load(cfg.checkpoint_dir, cfg.device, cfg.precision)
+    use_few_threads(loaded)
+    note(loaded.summary())
+    conversation = Conversation(loaded, cfg.system, room=cfg.max_new_tokens)
+    if not conversation.has_template:
+        note(
+            "This model has no chat template: it continues each prompt as it stands and "
+            "remembers no earlier one."
+        )
+    context = loaded.context(compiled=cfg.compile == "auto")
+    emit(f"Now chatting with {loaded.name}.\n{_how_to_leave(cfg.multiline)}\n")
+    generator = loaded.generator(cfg.seed)
+    if sys.stdin.isatty():
+        _enable_line_editing()
+    while (prompt := read_prompt(cfg.multiline)) is not None:
+        try:
+            ids, forgotten = conversation.ask(prompt)
+        except UserError as error:
+            note(f"error: {error}")
+            continue
+        if forgotten:
+            note(
+                f"The context is full ({loaded.limit} tokens): the oldest "
+                f"{'turn was' if forgotten == 1 else f'{forgotten} turns were'} forgotten."
+            )
+        _reply(loaded, conversation, context, cfg, ids, generator)
+
+
+def read_prompt(multiline: bool) -> str | None:
+    """The next prompt; None when the user leaves."""
+    lines: list[str] = []
+    emit("\n")
+    while True:
+        try:
+            line = _read_line("" if lines else ">> Prompt: ")
+        except KeyboardInterrupt:
+            emit("\n")
+            return None
+        except EOFError:
+            # The end of the input also ends a prompt of several lines that is under way.
+            emit("\n")
+            return "\n".join(lines) or None
+        if not lines and (not line.strip() or line.strip() in LEAVE):
+            return None
+        if not multiline:
+            return line
+        if line.strip() == END_OF_LINES:
+            return "\n".join(lines) or None
+        lines.append(line)
+
+
+def _read_line(prompt: str) -> str:
+    """One line without its end; EOFError when there is none."""
+    if sys.stdin.isatty():
+        return input(prompt)
+    emit(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    emit(line if line.endswith("\n") else line + "\n")
+    return line.rstrip("\r\n")
+
+
+def _reply(
+    loaded: LoadedModel,
+    conversation: Conversation,
+    context: Context,
+    cfg: Chat,
+    ids: list[int],
+    generator: torch.Generator,
+) -> None:
+    """Stream one reply and remember it."""
+    stream = loaded.stream(
+        ids, cfg, stop_ids=conversation.stop_ids, generator=generator, context=context
+    )
+    pieces: list[str] = []
+    emit(">> Reply: ")
+    try:
+        # A reply behind a template starts a text of its own; a continuation goes on with one.
+        for piece in loaded.text(stream, after=() if conversation.has_template else ids):
+            pieces.append(piece)
+            emit(piece)
+    except KeyboardInterrupt:
+        stream.stop = "interrupt"
+    emit("\n")
+    conversation.answered("".join(pieces))
+    if reason := cut_short(stream, loaded.limit):
+        note(reason)
+    note(speed(stream))
+
+
+def _how_to_leave(multiline: bool) -> str:
+    if multiline:
+        return (
+            f"A prompt ends with a line that holds only '{END_OF_LINES}'.\n"
+            "To exit, press 'Enter' on an empty prompt."
+        )
+    return "To exit, press 'Enter' on an empty prompt."
+
+
+def _enable_line_editing() -> None:
+    # Importing is what makes `input` edit lines and keep a history.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401

@@ -1,0 +1,209 @@
+"""A model directory of any kind, loaded with its tokenizer and ready to write text."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gristmill.config.commands import Sampling
+from gristmill.formats.model_dir import load_model
+from gristmill.models.decoder import Decoder
+from gristmill.models.decoding import Context, Continuation, generate_tokens
+from gristmill.models.device import (
+    choose_device,
+    describe,
+    memory_bytes,
+    resolve_precision,
+    weight_dtype,
+)
+from gristmill.tokenizer.tokenizer import Tokenizer
+from gristmill.util.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder in evaluation mode, its tokenizer, and what was chosen to compute it with."""
+
+    name: str
+    model: Decoder
+    tokenizer: Tokenizer
+    device: torch.device
+    precision: str
+
+    @property
+    def limit(self) -> int:
+        """Longest sequence in tokens, prompt and reply together."""
+        return self.model.config.max_seq_length
+
+    def context(self, *, compiled: bool = False) -> Context:
+        """An empty key-value cache for one sequence; `compiled` compiles the decoding step."""
+        autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
+        context = Context(self.model, autocast=autocast)
+        if compiled and (reason := context.compile()):
+            note(f"Not compiled ({reason}); going on without.")
+        return context
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The ids of a text to continue.
+
+        BOS comes first where the model was made with it, which its tokenizer's files say:
+        `add_bos_token` in tokenizer_config.json, else what tokenizer.json puts around a text, else
+        the custom of SentencePiece models (yes). An empty prompt is BOS, or else EOS, alone: the
+        start of a document.
+        """
+        ids = self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
+        if not ids:
+            for start in (self.tokenizer.bos_id, self.tokenizer.eos_id):
+                if start is not None:
+                    return [start]
+        return self.checked(ids)
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """The same ids; raises UserError when the model has no embedding for one of them."""
+        rows = self.model.config.vocab_size
+        if ids and max(ids) >= rows:
+            raise UserError(
+                f"the tokenizer does not belong to this model (token id {max(ids)}, model has "
+                f"{rows}). put the tokenizer that the model was trained with into its directory."
+            )
+        return ids
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop_ids: Collection[int] | None = None,
+        generator: torch.Generator | None = None,
+        context: Context | None = None,
+    ) -> Continuation:
+        """The ids that follow `ids`; ends at `stop_ids` (unset: the tokenizer's)."""
+        return generate_tokens(
+            context or self.context(),
+            ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            eos_ids=frozenset(self.tokenizer.stop_ids if stop_ids is None else stop_ids),
+            generator=generator or self.generator(sampling.seed),
+        )
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The source of random choices for a seed."""
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def text(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
+        """The text of `ids` in pieces as they come, as it reads behind the ids `after`."""
+        decoder = self.tokenizer.decoder()
+        # The last few settle whether a leading space is one.
+        for token_id in after[-8:]:
+            decoder.put(token_id)
+        for token_id in ids:
+            if piece := decoder.put(token_id):
+                yield piece
+        if rest := decoder.flush():
+            yield rest
+
+    def summary(self) -> str:
+        """One line: model, size, device, precision and backend."""
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        return (
+            f"Model: {self.name} ({_short(size)} parameters, context {self.limit} tokens) "
+            f"on {describe(self.device, self.precision)}"
+        )
+
+
+ONE_THREAD_PARAMETERS = 16_000_000
+"""Below this size the work between two waits for other threads is some microseconds."""
+
+
+def use_few_threads(loaded: LoadedModel) -> None:
+    """Let a small model on a CPU decode on one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its step is hundreds of operations too short to share: waiting for a second thread costs more
+    than it brings, and on a busy machine ten times more. For commands only: the number of threads
+    is the whole process's.
+    """
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    if (
+        loaded.device.type == "cpu"
+        and size < ONE_THREAD_PARAMETERS
+        and "OMP_NUM_THREADS" not in os.environ
+    ):
+        torch.set_num_threads(1)
+
+
+def load(checkpoint_dir: str | Path | None, device: str, precision: str) -> LoadedModel:
+    """The model in a directory of any kind, on the device and in the precision asked for.
+
+    `auto` precision is bf16-true where the device computes bf16, else 32-true. Raises UserError
+    when there is no such directory, or no model or tokenizer in it.
+    """
+    if checkpoint_dir is None:
+        raise UserError(
+            "no model given. name a model directory as the first word: gristmill generate "
+            "out/quickstart/final"
+        )
+    chosen = choose_device(device)
+    resolved = resolve_precision(precision, chosen, bf16="bf16-true")
+    model = load_model(Path(checkpoint_dir), device=chosen, dtype=weight_dtype(resolved))
+    tokenizer = Tokenizer.load(checkpoint_dir)
+    return LoadedModel(model_name(checkpoint_dir), model, tokenizer, chosen, resolved)
+
+
+def model_name(path: str | Path) -> str:
+    """What a model directory is called, for people: its last telling parts."""
+    full = Path(os.path.abspath(path))
+    if full.name in ("final", "hf") or full.name.startswith("step-"):
+        return f"{full.parent.name}/{full.name}"
+    return full.name
+
+
+def speed(stream: Continuation) -> str:
+    """The line that says how long a reply took."""
+    rate = stream.num_tokens / stream.total_s if stream.total_s else 0.0
+    return (
+        f"Time for inference: {stream.total_s:.2f} sec total, {rate:.2f} tokens/sec, "
+        f"{stream.num_tokens} tokens (first after {stream.first_s:.2f} sec)"
+    )
+
+
+def cut_short(stream: Continuation, limit: int) -> str | None:
+    """A line that says that a text ended before the model ended it, if so."""
+    if stream.stop == "context":
+        return f"Stopped: the model's context is full ({limit} tokens, prompt included)."
+    if stream.stop == "interrupt":
+        return "Stopped: interrupted."
+    if stream.stop == "max_new_tokens":
+        return f"Stopped: --max_new_tokens {stream.num_tokens} reached."
+    return None
+
+
+def memory(device: torch.device) -> str:
+    """The line that says how much memory was used."""
+    return f"Memory used: {memory_bytes(device).peak / 1e9:.2f} GB"
+
+
+def note(text: str) -> None:
+    """Say something that is not the model's text: on stderr."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def emit(text: str) -> None:
+    """Show the model's text: on stdout, at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _short(count: int) -> str:
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if count >= unit:
+            return f"{count / unit:.3g} {letter}"
+    return str(count)
