@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -121,17 +122,21 @@ def stream(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
 
 def _stream_pickle(path: Path) -> Iterator[tuple[Path, str, Tensor]]:
     """Tensors of a `.bin` file; code in the pickle is refused, not run."""
+    # Files of before torch 1.6 are no zip archives and cannot be mapped.
+    mappable = zipfile.is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{path} holds more than tensors, which could run code ({reason}). "
-            "Use a safetensors version of this model."
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            raise UserError(
+                f"{path} holds more than tensors, which could run code ({code.group(1)}). "
+                "Use a safetensors version of this model."
+            ) from None
+        reason = re.split(r"[.\n]", str(error), maxsplit=1)[0] or type(error).__name__
         raise UserError(f"{path} cannot be read ({reason}). {AGAIN}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, no table of tensors. {AGAIN}")
     for name, value in state.items():
         if isinstance(value, Tensor):
             yield path, name, value

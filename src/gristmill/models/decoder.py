@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gristmill.config.model import ModelConfig
 from gristmill.models.attention import Attention
 from gristmill.models.cache import KVCache, LayerCache
+from gristmill.models.check import check_config
 from gristmill.models.loss import linear_cross_entropy
 from gristmill.models.rope import rope_tables
 
@@ -94,8 +95,11 @@ class Decoder(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        check_config(config)
         super().__init__()
         self.config = config
+        self.compiled_loss = False
+        """Whether the loss compiles its softmax; for the one who compiles the blocks to set."""
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)
@@ -126,8 +130,13 @@ class Decoder(nn.Module):
         """
         hidden = self.hidden(tokens, positions=positions, cache=cache)
         if targets is not None:
-            flat = hidden.flatten(0, 1)
-            return linear_cross_entropy(flat, self.head_weight, targets.flatten(), z_loss=z_loss)
+            return linear_cross_entropy(
+                hidden.flatten(0, 1),
+                self.head_weight,
+                targets.flatten(),
+                z_loss=z_loss,
+                compiled=self.compiled_loss,
+            )
         if num_logits is not None:
             hidden = hidden[:, hidden.shape[1] - num_logits :]
         return F.linear(hidden, self.head_weight)
