@@ -126,7 +126,11 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, root: Path, inputs: Sequence[Input]) -> Plan:
-    """The plan for these inputs below `root`. Reads every input once, for its digest."""
+    """The plan for these inputs below `root`. Reads every input once, for its digest.
+
+    Raises UserError when an input cannot be read, or no text can be found in all of them.
+    """
+    sample_texts(recipe, root, inputs)  # a wrong field is found before much is read
     total = sum(_weight(item) for item in inputs)
     unit_bytes = max(_MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, total // _UNITS_WANTED))
     spans = [s for n, item in enumerate(inputs) for s in _cut(recipe, root, n, item, unit_bytes)]

@@ -22,7 +22,9 @@ def make_text(seed: int, num_words: int) -> str:
     return " ".join(w + ("\n" if i % 11 == 10 else "") for i, w in enumerate(words))
 
 
-def save_tokenizer(folder: Path, *, bos: str | None, eos: str | None, vocab_size: int = 400) -> Path:
+def save_tokenizer(
+    folder: Path, *, bos: str | None, eos: str | None, vocab_size: int = 400
+) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = [token for token in (bos, eos) if token]

@@ -47,7 +47,9 @@ def test_a_document_without_tokens_is_never_written(tmp_path):
         write_chunk(tmp_path / "c.bin", [np.array([1])], np.array([1, 0]), "uint16")
 
 
-@pytest.mark.parametrize(("ids", "dtype"), [(65535, "uint16"), (65536, "uint16"), (65537, "uint32")])
+@pytest.mark.parametrize(
+    ("ids", "dtype"), [(65535, "uint16"), (65536, "uint16"), (65537, "uint32")]
+)
 def test_the_largest_id_decides_the_type(ids, dtype):
     assert dtype_for(ids) == dtype
 

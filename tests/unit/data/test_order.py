@@ -83,7 +83,9 @@ def test_a_window_mixes_its_chunks_and_no_others():
     counts = np.full(3 * order.WINDOW_CHUNKS, 20, dtype=np.int64)
     stream = order.Order(counts, 1)
     size = order.WINDOW_CHUNKS * 20
-    windows = [set(stream.locate(np.arange(w * size, (w + 1) * size))[0].tolist()) for w in (0, 1, 2)]
+    windows = [
+        set(stream.locate(np.arange(w * size, (w + 1) * size))[0].tolist()) for w in (0, 1, 2)
+    ]
     assert [len(w) for w in windows] == [order.WINDOW_CHUNKS] * 3
     assert not windows[0] & windows[1]
     first_batch = stream.locate(np.arange(256))[0]

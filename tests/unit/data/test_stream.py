@@ -17,8 +17,10 @@ from gristmill.util.errors import UserError
 SEQ_LEN = 7
 
 
-def make_dataset(folder: Path, chunk_lengths: list[list[int]], *, cut: int | None = None) -> Dataset:
-    """Chunks of documents with these lengths; tokens count up, so that each is known by its value."""
+def make_dataset(
+    folder: Path, chunk_lengths: list[list[int]], *, cut: int | None = None
+) -> Dataset:
+    """Chunks of documents with these lengths, whose tokens count up."""
     folder.mkdir(parents=True)
     chunks, value = [], 0
     for number, lengths in enumerate(chunk_lengths):
@@ -80,7 +82,9 @@ def test_an_epoch_has_every_sample_once(dataset):
 
 
 @settings(deadline=None, max_examples=60)
-@given(samples=st.integers(0, 2000), size=st.integers(1, 40), world=st.sampled_from([1, 2, 3, 4, 8]))
+@given(
+    samples=st.integers(0, 2000), size=st.integers(1, 40), world=st.sampled_from([1, 2, 3, 4, 8])
+)
 def test_ranks_together_read_the_batch(dataset, samples, size, world):
     stream = TokenStream(dataset, SEQ_LEN, seed=9)
     whole = stream.batch(samples, size)
@@ -157,7 +161,9 @@ def test_fingerprint_names_what_matters(dataset):
 
 def test_no_sample_is_refused_with_the_numbers(tmp_path):
     dataset = make_dataset(tmp_path / "short", [[5], [3, 3]])
-    with pytest.raises(UserError, match=r"11 tokens in 2 chunks, the longest of 6.*takes 9") as error:
+    with pytest.raises(
+        UserError, match=r"11 tokens in 2 chunks, the longest of 6.*takes 9"
+    ) as error:
         TokenStream(dataset, 8, seed=0)
     assert error.value.fix == {"--train.max_seq_length": 5}
     assert TokenStream(dataset, 8, seed=0, endless=False).num_samples == 0

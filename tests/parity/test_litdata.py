@@ -1,0 +1,138 @@
+"""litdata reads what we write, and we read what it writes, token for token.
+
+litdata lives in an environment of its own: GRISTMILL_LITDATA_PYTHON names its interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from gristmill.config.commands import Prepare
+from gristmill.data.dataset import Dataset
+from gristmill.data.prepare import prepare
+from gristmill.data.stream import TokenStream
+from gristmill.util.errors import UserError
+
+READ = """
+import json, sys
+from litdata import StreamingDataset
+from litdata.streaming.item_loader import TokensLoader
+block = int(sys.argv[2])
+data = StreamingDataset(sys.argv[1], item_loader=TokensLoader(block_size=block), shuffle=False)
+print(json.dumps([data[i].tolist() for i in range(len(data))]))
+"""
+
+WRITE = """
+import sys
+import numpy as np, torch
+from litdata import optimize
+from litdata.streaming.item_loader import TokensLoader
+
+def documents(n):
+    return torch.arange(n * 100, n * 100 + 3 * n + 1, dtype=torch.int32)
+
+if __name__ == "__main__":
+    loader = {"item_loader": TokensLoader()} if sys.argv[2] == "tokens" else {}
+    size = {"chunk_size": 500} if loader else {"chunk_bytes": "64MB"}
+    optimize(fn=documents, inputs=list(range(40)), output_dir=sys.argv[1], num_workers=1, **size,
+             **loader)
+"""
+
+
+@pytest.fixture(scope="session")
+def litdata():
+    """Runs a script where litdata is; the last line it prints."""
+    python = os.environ.get("GRISTMILL_LITDATA_PYTHON", sys.executable)
+    environment = {**os.environ, "PYTHONPATH": ""}
+
+    def run(folder: Path, script: str, *arguments: object) -> str:
+        path = folder / "script.py"
+        path.write_text(script)
+        done = subprocess.run(
+            [python, str(path), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=folder,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return (done.stdout.splitlines() or [""])[-1]
+
+    check = [python, "-c", "import litdata"]
+    if subprocess.run(check, capture_output=True, env=environment).returncode != 0:
+        pytest.skip("litdata is not installed (set GRISTMILL_LITDATA_PYTHON)")
+    return run
+
+
+def save_tokenizer(path: Path, first_id: int) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {f"unused {n}": n for n in range(first_id)}
+    vocabulary |= {token: first_id + n for n, token in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(path))
+
+
+@pytest.mark.parametrize("first_id", [0, 65_500], ids=["uint16", "uint32"])
+def test_litdata_reads_what_we_write(litdata, tmp_path, first_id):
+    source = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": f"{n} " + "word " * (n % 50)}) for n in range(400)]
+    source.write_text("\n".join(lines))
+    save_tokenizer(tmp_path / "tokenizer.json", first_id)
+    out = tmp_path / "out"
+    prepare(
+        Prepare(
+            layout="jsonl",
+            input_dir=str(source),
+            output_dir=str(out),
+            tokenizer_dir=str(tmp_path),
+            engine="tokenizers",
+            num_workers=1,
+            chunk_tokens=8192,
+        )
+    )
+    dataset = Dataset.open(out)
+    assert dataset.dtype == ("uint32" if first_id else "uint16")
+    assert len(dataset.chunks) > 3
+    block = 33
+    found = json.loads(litdata(tmp_path, READ, out, block))
+    expected = [
+        dataset.map(n).tokens[start : start + block].tolist()
+        for n, chunk in enumerate(dataset.chunks)
+        for start in range(0, chunk.tokens - block + 1, block)
+    ]
+    assert found == expected
+    assert sum(map(len, found)) > 0.95 * dataset.num_tokens
+
+
+def test_we_read_what_litdata_writes(litdata, tmp_path):
+    out = tmp_path / "out"
+    litdata(tmp_path, WRITE, out, "tokens")
+    dataset = Dataset.open(out)
+    assert dataset.dtype == "int32"
+    assert dataset.num_documents == 40
+    documents = []
+    for number in range(len(dataset.chunks)):
+        mapped = dataset.map(number)
+        starts = [0, *mapped.ends[:-1].tolist()]
+        documents += [
+            mapped.tokens[a:b].tolist() for a, b in zip(starts, mapped.ends.tolist(), strict=True)
+        ]
+    assert sorted(documents) == [list(range(n * 100, n * 100 + 3 * n + 1)) for n in range(40)]
+    assert dataset.num_token_ids == 39 * 100 + 3 * 39 + 1
+    assert TokenStream(dataset, 16, seed=1).batch(0, 8).valid.all()
+
+
+def test_what_litdata_writes_without_its_token_loader_is_explained(litdata, tmp_path):
+    out = tmp_path / "out"
+    litdata(tmp_path, WRITE, out, "items")
+    with pytest.raises(UserError, match=r"without item_loader=TokensLoader\(\) \(dim is null\)"):
+        Dataset.open(out)
