@@ -32,7 +32,7 @@ class Pretrain:
     initial_checkpoint_dir: str | None = None
     """Start from the weights of this model directory."""
     resume: bool | str = "auto"
-    """auto: continue this run if out_dir has it; true: it must; false: it must not; or a checkpoint."""
+    """auto: continue this run if begun; true: it must be; false: must not; or a checkpoint."""
     precision: Precision | Auto = "auto"
     """auto: bf16-mixed where the processor has bf16 arithmetic, else 32-true."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -50,6 +50,8 @@ class Pretrain:
     log: LogArgs = field(default_factory=LogArgs)
     optimizer: Optimizer = field(default_factory=AdamW)
     """Optimizer and its learning rate."""
+    allow_unexportable: bool = False
+    """Train a model that no Hugging Face architecture describes; it stays a checkpoint."""
     hook: str | None = None
     """Your function, as module:name, called after every step with (run, stats)."""
     logger_name: LoggerName = "none"

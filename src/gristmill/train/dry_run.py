@@ -38,9 +38,8 @@ def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job
             job = dataclasses.replace(job, micro_batch_size=half)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             uncompile_blocks(model)
-            run.console.note(
-                f"torch.compile failed here, training goes on without it: {str(error).splitlines()[0]}"
-            )
+            reason = str(error).strip().splitlines()[0]
+            run.console.note(f"torch.compile failed, training goes on without it: {reason}")
 
 
 def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -11,11 +11,13 @@ from torch import nn
 
 from gristmill import __version__
 from gristmill.checkpoint.store import read_record
+from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_yaml
 from gristmill.formats.hf import write as write_model_dir
+from gristmill.models import zoo
 from gristmill.train.run import Run
 from gristmill.train.settle import Job
-from gristmill.util.errors import Interrupted, RunError
+from gristmill.util.errors import Interrupted, RunError, UserError
 
 FINAL = "final"
 TRAINING_FILE = "training.json"
@@ -27,13 +29,23 @@ def is_finished(job: Job) -> bool:
     if job.start_from is None:
         return False
     step = read_record(job.start_from)["step"]
-    if _final_step(job.out_dir) != step or step < job.length.total_steps:
+    ended = _final_step(job.out_dir) == step or not is_exportable(job.model)
+    if step < job.length.total_steps or not ended:
         return False
     print(
         f"{job.out_dir} is finished: {step:,} steps, {step * job.length.step_tokens:,} tokens. "
         f"The model is in {job.out_dir / FINAL}. A larger --train.max_tokens goes on from here; "
         "--overwrite true starts again."
     )
+    return True
+
+
+def is_exportable(model: ModelConfig) -> bool:
+    """Whether a Hugging Face architecture describes the model, so that `final/` can be written."""
+    try:
+        zoo.family(model.family).to_hf_config(model)
+    except UserError:
+        return False
     return True
 
 
@@ -52,6 +64,17 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             f"{signal.Signals(run.stop_signal).name}: stopped at step {run.state.step:,}, {saved}. "
             "Run the same command again to go on.",
         )
+    if is_exportable(run.job.model):
+        _write_final(run, model)
+    run.console.finished(run.job.out_dir / FINAL)
+    if run.checkpointer.failed:
+        raise RunError(
+            f"the last checkpoint of {run.job.out_dir} was not written (see above). "
+            "Free space and run the same command again before you extend the run."
+        )
+
+
+def _write_final(run: Run, model: nn.Module) -> None:
     final = run.job.out_dir / FINAL
     write_model_dir(
         final,
@@ -65,12 +88,6 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             ),
         },
     )
-    run.console.finished(final)
-    if run.checkpointer.failed:
-        raise RunError(
-            f"{final} was written, but the last checkpoint was not (see above). "
-            "Free space and run the same command again before you extend the run."
-        )
 
 
 def _final_step(out_dir: Path) -> int | None:

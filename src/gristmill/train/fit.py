@@ -43,8 +43,8 @@ def pretrain(cfg: Pretrain) -> None:
 def fit(job: Job) -> None:
     """Make every step of the job that is left, and write the finished model directory."""
     with Run(job) as run:
-        model = build(job)
-        optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
+        model = run.model = build(job)
+        optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
         if job.start_from is not None:
             load_checkpoint(job.start_from, model, optimizer)
         how = parallelize(model, job.device, compile=job.cfg.compile)

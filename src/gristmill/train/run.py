@@ -17,7 +17,9 @@ from torch import nn
 from gristmill import __version__
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, read_record
-from gristmill.track.console import Console
+from gristmill.models.counts import num_parameters
+from gristmill.models.device import describe
+from gristmill.track.console import Console, count
 from gristmill.track.tracker import open_trackers
 from gristmill.train import directory
 from gristmill.train.settle import Job
@@ -39,7 +41,13 @@ class State:
 
 
 class Run:
-    """A context in which one process owns the run directory and is told of signals."""
+    """A context in which one process owns the run directory and is told of signals.
+
+    A hook sees `state`, `job`, `model` and `optimizer`, and may change the last two.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, job: Job) -> None:
         """Nothing is written before the context is entered."""
@@ -93,6 +101,31 @@ class Run:
         self.trackers.close()
         self.checkpointer.wait()
         self._lock.close()
+
+    def announce(self, how: str) -> None:
+        """Show what is about to run; `how` says whether blocks are compiled."""
+        job, length = self.job, self.job.length
+        batch = f"{length.global_batch_size} x {length.seq_len} tokens"
+        if job.micro_batch_size != length.global_batch_size:
+            batch += f", {job.micro_batch_size} at a time"
+        epochs = length.total_steps * length.global_batch_size / job.train.num_samples
+        steps = f"{length.total_steps:,}, {length.warmup_steps:,} of them warm-up"
+        if self.state.step:
+            steps += f"; going on after step {self.state.step:,} from {job.start_from}"
+        data = f"{job.train.num_samples:,} samples, {epochs:.2f} epochs; validation: "
+        data += f"{job.val.num_samples:,} samples" if job.val else "none"
+        self.console.start(
+            {
+                "run": job.out_dir,
+                "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
+                "device": f"{describe(job.device, job.precision)}, {how}",
+                "data": data,
+                "tokens": f"{length.total_steps * length.step_tokens:,}",
+                "batch": batch,
+                "steps": steps,
+                "schedule": f"{job.cfg.train.schedule} from {job.lr:g} to {job.min_lr:g}",
+            }
+        )
 
     def done(self) -> bool:
         """Whether there is no step more to make: enough of them, out of time, or told to stop."""

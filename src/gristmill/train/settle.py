@@ -73,6 +73,7 @@ def settle(cfg: Pretrain) -> Job:
     val_set = Dataset.open(datasets.val) if datasets.val else None
     tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
     model = _with_vocabulary(model, train_set, tokenizer_dir)
+    _check_exportable(cfg, model)
     wanted = directory.identity(cfg, to_dict(model), train_set.dataset_id, precision)
     name = f"{model.name.lower()}-{_data_name(cfg.data, datasets.train)}"
     out_dir, record = directory.find(cfg, wanted, name)
@@ -127,7 +128,7 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
         )
     if cfg.train.keep_last < 2:
         raise UserError(
-            f"--train.keep_last {cfg.train.keep_last} leaves nothing to fall back to. Use 2 or more.",
+            f"--train.keep_last {cfg.train.keep_last} leaves nothing to fall back to. Use 2.",
             {"--train.keep_last": 2},
         )
 
@@ -180,9 +181,9 @@ def _check_vocabulary(model: ModelConfig, tokenizer_dir: Path | None) -> None:
     tokens = Tokenizer.load(tokenizer_dir).num_token_ids
     if tokens > model.vocab_size:
         raise UserError(
-            f"the tokenizer in {tokenizer_dir} has token ids up to {tokens - 1:,}, but {model.name} "
-            f"has {model.vocab_size:,} rows. Choose the model's own tokenizer, a model with at "
-            f"least {tokens:,} rows, or train a tokenizer of that size: "
+            f"the tokenizer in {tokenizer_dir} has token ids up to {tokens - 1:,}, but "
+            f"{model.name} has {model.vocab_size:,} rows. Choose the model's own tokenizer, a "
+            f"model with at least {tokens:,} rows, or train a tokenizer of that size: "
             f"gristmill tokenizer train FOLDER --vocab_size {model.vocab_size} --out_dir DIR"
         )
 
@@ -193,9 +194,9 @@ def _with_vocabulary(
     """The model, knowing which of its rows stand for tokens, and its BOS and EOS."""
     if dataset.num_token_ids > model.vocab_size:
         raise UserError(
-            f"the dataset holds token ids up to {dataset.num_token_ids - 1:,}, but {model.name} has "
-            f"{model.vocab_size:,} rows. Choose a model with at least {dataset.num_token_ids:,} "
-            "rows, or prepare the text with the model's tokenizer."
+            f"the dataset holds token ids up to {dataset.num_token_ids - 1:,}, but "
+            f"{model.name} has {model.vocab_size:,} rows. Choose a model with at least "
+            f"{dataset.num_token_ids:,} rows, or prepare the text with the model's tokenizer."
         )
     if tokenizer_dir is None:
         return model
@@ -207,6 +208,19 @@ def _with_vocabulary(
         bos_token_id=tokenizer.bos_id,
         eos_token_id=tokenizer.eos_id,
     )
+
+
+def _check_exportable(cfg: Pretrain, model: ModelConfig) -> None:
+    """Refuse a model that no Hugging Face architecture describes, before it is trained."""
+    try:
+        zoo.family(model.family).to_hf_config(model)
+    except UserError as error:
+        if not cfg.allow_unexportable:
+            raise UserError(
+                f"{error} The run would end with a model that nothing else loads. Change the "
+                "model, or accept that with --allow_unexportable true.",
+                {"--allow_unexportable": "true"},
+            ) from None
 
 
 def _data_name(data: DataModule, train: Path) -> str:

@@ -1,0 +1,127 @@
+"""What a step does to the weights does not depend on how the batch is cut; bad steps do nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from gristmill.config.model import ModelConfig
+from gristmill.config.sections import AdamW, TrainArgs
+from gristmill.models.decoder import Decoder
+from gristmill.models.init import init_weights
+from gristmill.optim.build import build_optimizer
+from gristmill.train.batch import TokenBatch
+from gristmill.train.step import reseed, train_step
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    vocab_size=64,
+    max_seq_length=16,
+    num_layers=2,
+    hidden_size=32,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
+)
+
+
+def build():
+    model = Decoder(CONFIG)
+    init_weights(model, 0)
+    return model, build_optimizer(model, AdamW(lr=0.01), CPU)
+
+
+def batch_of(rows=4, valid=None):
+    tokens = torch.randint(0, 64, (rows, 17), generator=torch.Generator().manual_seed(1))
+    valid = torch.ones(rows, dtype=torch.bool) if valid is None else torch.tensor(valid)
+    return TokenBatch(tokens, valid, int(valid.sum()) * 16)
+
+
+def job(micro, precision="32-true"):
+    train = TrainArgs(max_norm=1.0)
+    return SimpleNamespace(
+        micro_batch_size=micro, precision=precision, cfg=SimpleNamespace(train=train)
+    )
+
+
+def weights_after(batch, micro, steps=3):
+    model, optimizer = build()
+    stats = [train_step(model, optimizer, batch, job(micro)) for _ in range(steps)]
+    return model.state_dict(), stats
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_micro_batches_do_not_change_the_step(micro):
+    whole, stats = weights_after(batch_of(), 4)
+    parts, part_stats = weights_after(batch_of(), micro)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-5)
+    assert part_stats[-1].loss == pytest.approx(stats[-1].loss, rel=1e-5)
+    assert part_stats[0].grad_norm == pytest.approx(stats[0].grad_norm, rel=1e-5)
+
+
+def test_padding_rows_do_not_change_the_step():
+    clean, stats = weights_after(TokenBatch(*_first(batch_of(), 3)), 3)
+    padded, padded_stats = weights_after(batch_of(valid=[True, True, True, False]), 4)
+    for name in clean:
+        torch.testing.assert_close(padded[name], clean[name], rtol=1e-4, atol=1e-5)
+    assert padded_stats[0].loss == pytest.approx(stats[0].loss, rel=1e-6)
+
+
+def _first(batch, rows):
+    return batch.tokens[:rows], batch.valid[:rows], rows * 16
+
+
+def test_the_loss_is_the_mean_over_targets_and_falls():
+    _, stats = weights_after(batch_of(), 4, steps=12)
+    assert stats[0].loss == pytest.approx(torch.log(torch.tensor(64.0)).item(), abs=0.3)
+    assert stats[-1].loss < stats[0].loss - 0.3
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model, optimizer = build()
+    train_step(model, optimizer, batch_of(), job(4))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    moments = {k: v.clone() for s in optimizer.state.values() for k, v in s.items()}
+    model.norm.weight.data[0], kept = float("nan"), model.norm.weight.data[0].clone()
+    stats = train_step(model, optimizer, batch_of(), job(4))
+    model.norm.weight.data[0] = kept
+    assert not stats.finite
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    after = {k: v for s in optimizer.state.values() for k, v in s.items()}
+    assert all(torch.equal(after[k], moments[k]) for k in moments)
+    assert train_step(model, optimizer, batch_of(), job(4)).finite
+
+
+def test_gradients_are_clipped_to_the_norm():
+    model, optimizer = build()
+    seen = []
+    step = optimizer.step
+    optimizer.step = lambda: (
+        seen.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        or step()
+    )
+    small = job(4)
+    small.cfg.train.max_norm = 1e-3
+    stats = train_step(model, optimizer, batch_of(), small)
+    assert stats.grad_norm > 1e-2
+    assert seen[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_mixed_precision_stays_near_fp32_and_keeps_fp32_weights():
+    model, optimizer = build()
+    mixed = train_step(model, optimizer, batch_of(), job(4, "bf16-mixed"))
+    exact = train_step(*build(), batch_of(), job(4))
+    assert mixed.loss == pytest.approx(exact.loss, rel=0.01)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    def draw(seed, step):
+        reseed(seed, step)
+        return torch.rand(3)
+
+    assert torch.equal(draw(1, 5), draw(1, 5))
+    assert not torch.equal(draw(1, 5), draw(1, 6))
+    assert not torch.equal(draw(1, 5), draw(2, 5))
