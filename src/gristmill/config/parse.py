@@ -7,10 +7,8 @@ older option names, LitGPT's class paths) and error messages in one form.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gristmill.config.data import DataModule
+from gristmill.config.explain import explain, subclasses
 from gristmill.config.recipes import load_recipe
 from gristmill.config.sections import Optimizer
 from gristmill.util.errors import UserError
@@ -67,11 +66,13 @@ def parse(command: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
     Raises `UserError` for anything that does not fit, naming the option and the value.
     """
     parser = parser_for(command, prog)
-    arguments = normalise(argv, positionals)
+    flags = {f"--{f.name}" for f in dataclasses.fields(command) if f.type in (bool, "bool")}  # type: ignore[arg-type]
+    arguments = normalise(argv, positionals, flags)
     try:
         return _build(command, parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
-        raise _explain(error, parser, command, prog) from None
+        options = [name for action in parser._actions for name in action.option_strings]
+        raise explain(error.message, options, prog) from None
 
 
 def _build(command: type[T], namespace: Any) -> T:
@@ -80,12 +81,20 @@ def _build(command: type[T], namespace: Any) -> T:
     return command(**{key: value for key, value in vars(namespace).items() if key in names})
 
 
-def normalise(argv: Sequence[str], positionals: Sequence[str]) -> list[str]:
-    """Arguments in the one form the parser knows: `--option=value`; aliases, recipes resolved."""
+def normalise(
+    argv: Sequence[str], positionals: Sequence[str], flags: Collection[str] = ()
+) -> list[str]:
+    """Arguments in the one form the parser knows: `--option=value`; aliases, recipes resolved.
+
+    An option in `flags` may stand without a value and is then true.
+    """
     arguments: list[str] = []
     names = iter(positionals)
     pending: str | None = None
     for word in argv:
+        if pending in flags and word.startswith("--"):
+            arguments.append(f"{pending}=true")
+            pending = None
         if pending is not None:
             arguments.append(f"{pending}={_value(pending, word)}")
             pending = None
@@ -107,7 +116,7 @@ def normalise(argv: Sequence[str], positionals: Sequence[str]) -> list[str]:
             arguments.append(f"--{name}={word}")
     if pending is not None:
         # `--data.help` alone is complete; any other option lacks its value and the parser says so.
-        arguments.append(pending)
+        arguments.append(f"{pending}=true" if pending in flags else pending)
     return arguments
 
 
@@ -146,19 +155,11 @@ def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
 
 
 def _is_ours(class_path: str) -> bool:
-    known = {cls.__name__ for cls in _subclasses(DataModule) | _subclasses(Optimizer)}
+    known = {cls.__name__ for cls in subclasses(DataModule) | subclasses(Optimizer)}
     return (
         class_path in FOREIGN_CLASSES
         or class_path.removeprefix("gristmill.").split(".")[-1] in known
     )
-
-
-def _subclasses(cls: type) -> set[type]:
-    found = {cls}
-    children: list[type] = cls.__subclasses__()
-    for child in children:
-        found |= _subclasses(child)
-    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -181,72 +182,3 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The command's dataclass as YAML that `--config` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
-
-
-def _explain(error: ArgumentError, parser: ArgumentParser, command: type, prog: str) -> UserError:
-    """The parser's error in one line: which option, which value, what it takes."""
-    text = error.message
-    unknown = re.match(r"unrecognized arguments: (\S+)", text)
-    if unknown:
-        return _unknown_option(unknown[1].partition("=")[0], _options(parser), prog)
-    key = re.search(r'[Kk]ey "([^"]+)"', text)
-    if not key:
-        return UserError(f"{' '.join(text.split())}. See `{prog} --help`.")
-    option = f"--{key[1]}"
-    inner = re.search(r"Option '([^']+)' is not accepted", text)
-    if inner:
-        known = sorted(
-            f"{option}.{field.name}"
-            for cls in _subclasses(DataModule) | _subclasses(Optimizer)
-            if dataclasses.is_dataclass(cls) and f".{cls.__name__}'" in text
-            for field in dataclasses.fields(cls)
-        )
-        return _unknown_option(f"{option}.{inner[1]}", known, prog)
-    missing = re.search(r"following arguments are required: (.+)", text)
-    if missing:
-        names = ", ".join(f"{option}.{name.strip()}" for name in missing[1].split(","))
-        return UserError(f"{option} lacks a setting it needs. Add {names}.")
-    given = re.findall(r"Given value: (.+)", text)
-    string = re.search(r"dot import path string: (.+)", text)
-    value = given[-1] if given else text.splitlines()[-1].strip()
-    value = string[1] if string else value
-    expected = sorted(set(re.findall(r"Expected an? (.+)", text)))
-    if option in ("--data", "--optimizer"):
-        base = DataModule if option == "--data" else Optimizer
-        classes = sorted(
-            c.__name__
-            for c in _subclasses(base)
-            if dataclasses.is_dataclass(c) and c.__name__ != "RawText"
-        )
-        near = difflib.get_close_matches(value, classes, n=1, cutoff=0.5)
-        return UserError(
-            f"{option} {value} is not known. Choose {', '.join(classes)}"
-            + (f" (did you mean {near[0]}?)" if near else "")
-            + f"; `{prog} {option}.help NAME` lists its options. Your own class is module:Class."
-        )
-    wanted = " or ".join(_plain(kind) for kind in expected) or "another kind of value"
-    return UserError(f"{option} {value} does not fit. It takes {wanted}; see `{prog} --help`.")
-
-
-def _plain(kind: str) -> str:
-    """A type as a person would say it."""
-    kind = kind.replace("typing.", "").replace("<class '", "").replace("'>", "")
-    if kind.startswith("Literal["):
-        return ", ".join(part.strip().strip("'") for part in kind[8:-1].split(","))
-    names = {
-        "int": "a whole number",
-        "float": "a number",
-        "bool": "true or false",
-        "NoneType": "null",
-    }
-    return names.get(kind, kind)
-
-
-def _options(parser: ArgumentParser) -> list[str]:
-    return [option for action in parser._actions for option in action.option_strings]
-
-
-def _unknown_option(option: str, known: Sequence[str], prog: str) -> UserError:
-    near = difflib.get_close_matches(option, known, n=3, cutoff=0.5)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"`{prog} --help` lists the options."
-    return UserError(f"unknown option {option}. {hint}")

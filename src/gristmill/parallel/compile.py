@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,11 +17,7 @@ def missing_for_compile(device: torch.device) -> str | None:
     if device.type == "mps":
         return "torch.compile is not ready for MPS"
     if device.type == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "triton is not installed"
-        return None
+        return None if find_spec("triton") else "triton is not installed"
     compilers = [os.environ.get("CXX"), "g++", "clang++"]
     if not any(name and shutil.which(name) for name in compilers):
         return "no C++ compiler is on the PATH (install g++)"
@@ -34,13 +31,21 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile every block in place; parameter names stay as they are.
 
     Blocks share their code, so the first one is compiled and the others reuse it. The head and its
-    loss stay outside: inside a compiled graph the chunked loss is many times slower (measured).
+    loss stay outside the graph, where chunks bound their memory; the softmax is compiled by itself.
     """
+    options = None
+    weight = next(model.parameters())
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        # Without this, two biases that meet in a parallel residual are a C++ compile error when
+        # their gradients are bf16 (torch 2.13).
+        options = {"cpp.max_horizontal_fusion_size": 1}
     for block in model.layers:
-        block.compile(dynamic=False)
+        block.compile(dynamic=False, options=options)
+    model.compiled_loss = True
 
 
 def uncompile_blocks(model: nn.Module) -> None:
     """Take `compile_blocks` back, for a compiler that is there but fails."""
     for block in model.layers:
         block._compiled_call_impl = None
+    model.compiled_loss = False

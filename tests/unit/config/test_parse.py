@@ -28,6 +28,8 @@ def test_numbers_booleans_and_both_option_forms():
     cfg = pretrain("x", "--train.max_tokens", "1_000_000", "--overwrite=True", "--resume", "auto")
     assert (cfg.train.max_tokens, cfg.overwrite, cfg.resume) == (1_000_000, True, "auto")
     assert pretrain("--overwrite", "true") == pretrain("--overwrite=True")
+    assert pretrain("--overwrite") == pretrain("--overwrite", "true")
+    assert pretrain("--overwrite", "--seed", "7") == pretrain("--seed", "7", "--overwrite", "true")
 
 
 def test_negative_values_and_values_with_spaces_or_equals_survive():
@@ -215,3 +217,34 @@ def test_every_command_names_things_that_exist():
             if target:
                 module, _, attribute = target.partition(":")
                 assert hasattr(importlib.import_module(module), attribute), (name, target)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--optimizer.lr", "fast"], r"--optimizer.lr fast does not fit\. It takes a number"),
+        (["--overwrite", "perhaps"], r"--overwrite perhaps .* true or false"),
+        (["--data.train_data_path", "x"], r"Add --data TextFiles or --data Jsonl"),
+        (["--data", "no.mod:Cls"], r"--data no.mod.Cls cannot be loaded \(No module named 'no'\)"),
+    ],
+)
+def test_mistakes_inside_class_options_are_named(words, expected):
+    with pytest.raises(UserError, match=expected):
+        pretrain("x", *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "train:\n  max_token: 3\n",
+            "unknown option --train.max_token. Did you mean --train.max_t",
+        ),
+        ("optimiser: AdamW\n", "unknown option --optimiser. Did you mean --optimizer"),
+    ],
+)
+def test_unknown_settings_in_a_configuration_show_the_nearest(tmp_path, text, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=expected):
+        pretrain("--config", str(path))

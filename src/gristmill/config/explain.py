@@ -1,0 +1,119 @@
+"""The parser's errors in one form: which option, which value, what it takes, what is near."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Sequence
+
+from gristmill.config.data import DataModule
+from gristmill.config.sections import Optimizer
+from gristmill.util.errors import UserError
+
+CLASS_OPTIONS: dict[str, type] = {"--data": DataModule, "--optimizer": Optimizer}
+"""Options whose value is the name of a class, with the base of those classes."""
+
+PLAIN_TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list such as [0.9, 0.95]",
+    "NoneType": "null",
+}
+
+
+def explain(text: str, options: Sequence[str], prog: str) -> UserError:
+    """The user's mistake behind a message of the parser; `options` are the command's own."""
+    unknown = re.match(r"unrecognized arguments: (\S+)", text)
+    if unknown:
+        return _unknown(unknown[1].partition("=")[0], options, prog)
+    group = re.match(r"Group '([^']+)' does not accept option '([^']+)'", text)
+    if group:
+        return _unknown(f"--{group[1]}.{group[2]}", options, prog)
+    top = re.match(r"Option '([^']+)' is not accepted", text)
+    if top:
+        return _unknown(f"--{top[1]}", options, prog)
+    keys = re.findall(r'[Kk]ey "([^"]+)"', text)
+    if not keys:
+        return UserError(f"{' '.join(text.split())}. See `{prog} --help`.")
+    base = CLASS_OPTIONS.get(f"--{keys[0]}")
+    option = "--" + ".".join(keys)
+    if base is not None and len(keys) == 1:
+        return _bad_class(text, option, base, prog)
+    expected = sorted(
+        set(re.findall(r"Expected an? ([^\n]+?)(?:\. Got value|$)", text, re.MULTILINE))
+    )
+    wanted = " or ".join(_plain(kind) for kind in expected) or "another kind of value"
+    return UserError(
+        f"{option} {_given(text)} does not fit. It takes {wanted}; see `{prog} --help`."
+    )
+
+
+def subclasses(cls: type) -> set[type]:
+    """A class and all classes derived from it."""
+    found = {cls}
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        found |= subclasses(child)
+    return found
+
+
+def _bad_class(text: str, option: str, base: type, prog: str) -> UserError:
+    """A class option that names no class, or options that its class does not have."""
+    classes = {c.__name__: c for c in subclasses(base) if dataclasses.is_dataclass(c)}
+    names = sorted(name for name in classes if name != "RawText")
+    named = re.search(r"class_path '([^']+)'", text)
+    refused = re.search(r"Option '([^']+)' is not accepted", text)
+    if refused and named:
+        chosen = classes.get(named[1].rpartition(".")[2])
+        if chosen is None:
+            fit = [
+                f"{option} {name}"
+                for name in reversed(names)
+                if refused[1] in {field.name for field in dataclasses.fields(classes[name])}
+            ]
+            return UserError(
+                f"{option}.{refused[1]} belongs to a class that is not chosen. "
+                f"Add {' or '.join(fit or [option])}."
+            )
+        known = [f"{option}.{field.name}" for field in dataclasses.fields(chosen)]
+        return _unknown(f"{option}.{refused[1]}", known, prog)
+    missing = re.search(r"following arguments are required: (.+)", text)
+    if missing:
+        lacking = ", ".join(f"{option}.{name.strip()}" for name in missing[1].split(","))
+        return UserError(f"{option} lacks a setting it needs. Add {lacking}.")
+    reason = named and re.search(r"class_path '[^']+':\s+(.+)", text)
+    if reason:
+        return UserError(
+            f"{option} {_given(text)} cannot be loaded ({reason[1].strip()}). "
+            "Give module:Class of an importable class."
+        )
+    value = re.search(r"dot import path string: (.+)", text)
+    given = value[1] if value else _given(text)
+    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    return UserError(
+        f"{option} {given} is not known. Choose {', '.join(names)}"
+        + (f" (did you mean {near[0]}?)" if near else "")
+        + f"; `{prog} {option}.help NAME` lists its options. Your own class is module:Class."
+    )
+
+
+def _given(text: str) -> str:
+    values = re.findall(r"(?:Given|Got) value: (.+)", text)
+    return values[-1].strip() if values else text.splitlines()[-1].strip()
+
+
+def _plain(kind: str) -> str:
+    """A type as a person would say it."""
+    kind = kind.replace("typing.", "").replace("<class '", "").replace("'>", "")
+    if kind.startswith("Literal["):
+        return ", ".join(part.strip().strip("'") for part in kind[8:-1].split(","))
+    return PLAIN_TYPES.get(kind, kind)
+
+
+def _unknown(option: str, known: Sequence[str], prog: str) -> UserError:
+    near = difflib.get_close_matches(option, known, n=3, cutoff=0.6)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"`{prog} --help` lists the options."
+    return UserError(f"unknown option {option}. {hint}")
