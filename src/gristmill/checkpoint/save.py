@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -104,7 +103,6 @@ class Checkpointer:
             self._thread = None
 
     def _run(self, step: int, write: Callable[[Path], None]) -> None:
-        _yield_to_training()
         path = store.step_path(self._out_dir, step)
         target = path
         try:
@@ -179,13 +177,6 @@ def _write_small(file: Path, content: bytes) -> FileDigest:
         stream.flush()
         os.fsync(stream.fileno())
     return store.digest_file(file)
-
-
-def _yield_to_training() -> None:
-    """Lower this thread's priority (Linux keeps it per thread; elsewhere nothing happens)."""
-    if hasattr(os, "setpriority") and os.uname().sysname == "Linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
 def _reason(error: Exception) -> str:
