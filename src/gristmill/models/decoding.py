@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
@@ -28,6 +27,7 @@ class Context:
         self.model = model
         self.limit = model.config.max_seq_length
         self.ids: list[int] = []
+        self.compiled = False
         self.device = weight.device
         self.autocast = autocast
         self._cache_dtype = autocast or weight.dtype
@@ -61,8 +61,7 @@ class Context:
             same += 1
         del self.ids[same:]
         new = list(ids[same:])
-        # Prompts have every length: only the step of one token is worth compiling.
-        with torch.compiler.set_stance("force_eager"):
+        with self._eager():
             logits = self._advance(torch.tensor([new], device=self.device))
         self.ids += new
         return logits
@@ -76,6 +75,10 @@ class Context:
 
     def compile(self) -> str | None:
         """Compile the decoding step now; None, or why it stays as it is."""
+        # Here, because importing it takes a second that nobody else should wait for.
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.compiled = True
         for block in self.model.layers:
             block.compile()
         try:
@@ -86,6 +89,7 @@ class Context:
         except TorchDynamoException as error:
             for block in self.model.layers:
                 block._compiled_call_impl = None
+            self.compiled = False
             return (str(error).strip().splitlines() or [type(error).__name__])[0]
         finally:
             self.ids.clear()
@@ -99,6 +103,12 @@ class Context:
         self._cache.length = len(self.ids)
         with self._precision():
             return self.model(tokens, cache=self._cache, num_logits=1)[:, -1]
+
+    def _eager(self) -> contextlib.AbstractContextManager[object]:
+        # Prompts have every length: only the step of one token is worth compiling.
+        if not self.compiled:
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
 
     def _precision(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast is None:
