@@ -51,7 +51,7 @@ def choose_device(name: str = "auto") -> torch.device:
 def bf16_supported(device: torch.device) -> bool:
     """Whether the device multiplies bf16 in hardware (emulated bf16 is slower than fp32)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type == "mps":
         return bool(torch.backends.mps.is_macos_or_newer(14, 0))
     # `mkldnn._is_mkldnn_bf16_supported` is also true on AVX-512 without bf16 instructions.
