@@ -18,6 +18,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +41,7 @@ def run_here(space: Workspace, root: Path, units: Sequence[int], on_progress: On
     """Run the units one after another in this process."""
     work = _Work(space, root)
     for unit in units:
-        work.run(unit, lambda progress, unit=unit: on_progress(unit, progress))  # type: ignore[misc]
+        work.run(unit, partial(on_progress, unit))
 
 
 def run_local(
@@ -71,8 +73,9 @@ def run_local(
             elif "error" in message:
                 raise _ERRORS.get(message["error"], RunError)(message["text"])
             else:
-                on_progress(message["unit"], Progress(*message["progress"]))
-                if message["done"]:
+                progress = Progress(**message["progress"])
+                on_progress(message["unit"], progress)
+                if progress.committed:
                     worker.give(waiting.popleft() if waiting else None)
     finally:
         for worker in workers:
@@ -149,9 +152,17 @@ class _Work:
 
     def run(self, unit: int, report: Callable[[Progress], None]) -> None:
         """Run one unit and commit it."""
+        latest = Progress()
+
+        def note(progress: Progress) -> None:
+            nonlocal latest
+            latest = progress
+            report(progress)
+
         try:
             with self._space.writing(unit) as folder:
-                run_unit(self._plan, unit, self._root, self._engine, folder, report)
+                run_unit(self._plan, unit, self._root, self._engine, folder, note)
+            report(replace(latest, committed=True))
         except OSError as error:
             raise disk_error(error, self._space.out) from error
 
@@ -197,22 +208,14 @@ def _read_units(source: IO[str], units: queue.SimpleQueue[int]) -> None:
 
 def _run_reporting(work: _Work, unit: int, messages: IO[str]) -> None:
     last = time.monotonic()
-    progress = Progress()
 
-    def report(now: Progress) -> None:
-        nonlocal last, progress
-        progress = now
-        if time.monotonic() - last >= _REPORT_INTERVAL_S:
+    def report(progress: Progress) -> None:
+        nonlocal last
+        if progress.committed or time.monotonic() - last >= _REPORT_INTERVAL_S:
             last = time.monotonic()
-            _send(messages, unit, now, done=False)
+            print(json.dumps({"unit": unit, "progress": vars(progress)}), file=messages)
 
     work.run(unit, report)
-    _send(messages, unit, progress, done=True)
-
-
-def _send(messages: IO[str], unit: int, progress: Progress, *, done: bool) -> None:
-    numbers = [progress.text_bytes, progress.documents, progress.tokens]
-    print(json.dumps({"unit": unit, "progress": numbers, "done": done}), file=messages)
 
 
 if __name__ == "__main__":

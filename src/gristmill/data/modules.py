@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from gristmill.util.paths import user_cache_dir
 
 # Text that is too short to be split is trained on whole.
 _SMALLEST_SPLIT_BYTES = 8192
+# Options that a training command spells with `--data.` before them.
+_OPTION = re.compile(r"--(pattern|text_field|separator|val_fraction|bos|eos|num_workers)\b")
 # A folder of files is more mixed than a corpus: more of it may be something else than text.
 _MAX_REJECT_FRACTION = 0.01
 # A file that changed within this time of its listing may change again unnoticed.
@@ -89,6 +92,26 @@ def _prepared(data: LitData) -> Datasets:
 def _raw(data: RawText, tokenizer_dir: Path | None) -> Datasets:
     if tokenizer_dir is None:
         raise UserError("raw text needs a tokenizer. name its directory with --tokenizer_dir.")
+    try:
+        return _raw_datasets(data, tokenizer_dir)
+    except UserError as error:
+        raise _in_training(error) from error
+
+
+def _in_training(error: UserError) -> UserError:
+    """An error of `prepare` with the options as a training command has them."""
+    if (limit := "--max_reject_fraction") in error.fix:
+        found = str(error).partition(", more than")[0]
+        return UserError(
+            f"{found}, more than {_MAX_REJECT_FRACTION:.0%}. mend or move them away, narrow "
+            f"--data.pattern, or prepare the text with `gristmill prepare … {limit} "
+            f"{error.fix[limit]}` and train on it as --data LitData."
+        )
+    fix = {_OPTION.sub(r"--data.\1", name): value for name, value in error.fix.items()}
+    return UserError(_OPTION.sub(r"--data.\1", str(error)), fix)
+
+
+def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
     tokenizer = Tokenizer.load(tokenizer_dir)
     train = Path(data.train_data_path).expanduser()
     if data.val_data_path is not None:

@@ -31,8 +31,9 @@ _MIN_UNIT_BYTES = 1 << 20
 _UNITS_WANTED = 64
 
 TEXT_PER_COMPRESSED_BYTE = 4
-# A compressed file is read from its start for each of its parts, so it has few.
+# A compressed file is read from its start for each of its parts: cut only where files are few.
 _MAX_PARTS = 4
+_FEW_FILES = 16
 _MAX_PARTED_BYTES = 64 << 20
 
 DEFAULT_CHUNK_TOKENS = 2**24
@@ -133,8 +134,12 @@ def make_plan(recipe: Recipe, root: Path, inputs: Sequence[Input]) -> Plan:
     sample_texts(recipe, root, inputs)  # a wrong field is found before much is read
     total = sum(_weight(item) for item in inputs)
     unit_bytes = max(_MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, total // _UNITS_WANTED))
-    spans = [s for n, item in enumerate(inputs) for s in _cut(recipe, root, n, item, unit_bytes)]
+    most = min(_MAX_PARTS, -(-_FEW_FILES // len(inputs)))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        cut = pool.map(
+            lambda n: _cut(recipe, root, n, inputs[n], unit_bytes, most), range(len(inputs))
+        )
+        spans = [span for parts in cut for span in parts]
         digests = pool.map(lambda span: _digest(root, inputs, span), spans)
         spans = [dataclasses.replace(s, digest=d) for s, d in zip(spans, digests, strict=True)]
     texts = (t for t in _texts(recipe, root, inputs) if isinstance(t, str))
@@ -142,22 +147,27 @@ def make_plan(recipe: Recipe, root: Path, inputs: Sequence[Input]) -> Plan:
     return Plan(recipe, tuple(inputs), tuple(_grouped(inputs, spans, unit_bytes)), split)
 
 
-def _cut(recipe: Recipe, root: Path, number: int, item: Input, unit_bytes: int) -> Iterator[Span]:
-    """The parts of one input, about `unit_bytes` of text each where it can be read in parts."""
+def _cut(
+    recipe: Recipe, root: Path, number: int, item: Input, unit_bytes: int, most: int
+) -> list[Span]:
+    """The parts of one input, about `unit_bytes` of text each where it can be read in parts.
+
+    A compressed file has at most `most`.
+    """
     path = root / item.place
     parts, size = 1, item.size
     if recipe.format.lines and not compressed.is_compressed(path):
         parts = max(1, round(size / unit_bytes))
-    elif recipe.format.lines and unit_bytes < size * TEXT_PER_COMPRESSED_BYTE and _partable(size):
+    elif (
+        recipe.format.lines
+        and most > 1
+        and size <= _MAX_PARTED_BYTES
+        and _weight(item) > unit_bytes
+    ):
         size = _text_size(path)
-        parts = max(1, min(_MAX_PARTS, round(size / unit_bytes)))
-    ends = [number_of * size // parts for number_of in range(parts)] + [-1]
-    for start, stop in zip(ends, ends[1:], strict=False):
-        yield Span(number, start, stop, "")
-
-
-def _partable(size: int) -> bool:
-    return size <= _MAX_PARTED_BYTES
+        parts = max(1, min(most, round(size / unit_bytes)))
+    ends = [part * size // parts for part in range(parts)] + [-1]
+    return [Span(number, a, b, "") for a, b in zip(ends, ends[1:], strict=False)]
 
 
 def _text_size(path: Path) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from gristmill.data.progress import Meter
 from gristmill.data.workspace import Workspace, check_replaceable, datasets_in
 from gristmill.tokenizer.engines import EngineChoice, Requested, choose_engine
 from gristmill.tokenizer.tokenizer import Tokenizer
-from gristmill.util.errors import RunError, UserError
+from gristmill.util.errors import Interrupted, RunError, UserError
 
 
 def prepare(cfg: Prepare) -> None:
@@ -220,12 +221,19 @@ def _run(plan: Plan, job: Job, space: Workspace, units: Sequence[int]) -> None:
     workers = _available_cores() if isinstance(job.num_workers, str) else job.num_workers
     if workers < 1:
         raise UserError(f"--num_workers {workers} is too few. give 1 or more, or auto.")
-    total = sum(plan.text_bytes(unit) for unit in units)
-    with Meter(total, len(units)) as meter:
-        if len(units) == 1:
-            run_here(space, job.root, units, meter.update)
-        else:
-            run_local(space, job.root, units, min(workers, len(units)), meter.update)
+    with Meter({unit: plan.text_bytes(unit) for unit in units}) as meter:
+        try:
+            if len(units) == 1:
+                run_here(space, job.root, units, meter.update)
+            else:
+                run_local(space, job.root, units, min(workers, len(units)), meter.update)
+        except KeyboardInterrupt:
+            done = len(space.committed())
+            raise Interrupted(
+                signal.SIGINT,
+                f"interrupted: {done} of {len(plan.units)} parts are done. "
+                "the same command goes on from there.",
+            ) from None
 
 
 def _available_cores() -> int:

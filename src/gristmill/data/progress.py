@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from gristmill.data.units import Progress
@@ -14,8 +15,8 @@ _PLAIN_INTERVAL_S = 10.0
 class Meter:
     """Shows documents, text, tokens, speed and the time left, on standard error."""
 
-    def __init__(self, total_bytes: int, num_units: int) -> None:
-        self._total_bytes, self._num_units = max(1, total_bytes), num_units
+    def __init__(self, unit_bytes: Mapping[int, int]) -> None:
+        self._unit_bytes = unit_bytes
         self._by_unit: dict[int, Progress] = {}
         self._started = self._shown = time.monotonic()
         self._live: Any = None
@@ -40,7 +41,9 @@ class Meter:
         self._by_unit[unit] = Progress(**vars(progress))
         now = time.monotonic()
         if self._live is not None and now - self._shown >= 0.1:
-            self._live.update(self._text(now), refresh=True)
+            from rich.text import Text
+
+            self._live.update(Text(self._text(now)), refresh=True)
             self._shown = now
         elif self._live is None and now - self._shown >= _PLAIN_INTERVAL_S:
             print(self._text(now), file=sys.stderr, flush=True)
@@ -51,13 +54,21 @@ class Meter:
         text = sum(p.text_bytes for p in done)
         documents, tokens = sum(p.documents for p in done), sum(p.tokens for p in done)
         seconds = now - self._started
-        share = min(1.0, text / self._total_bytes)
+        share = self._share()
         left = duration(seconds * (1 - share) / share) if share > 0 else "?"
         return (
             f"preparing {share:4.0%} | {documents:,} documents | {text / 1e6:,.0f} MB | "
             f"{tokens / 1e6:,.1f} M tokens | {text / 1e6 / max(seconds, 1e-9):,.1f} MB/s | "
             f"{left} left"
         )
+
+    def _share(self) -> float:
+        """The part of all work that is done, sizes of compressed text being estimates."""
+        done = 0
+        for unit, size in self._unit_bytes.items():
+            progress = self._by_unit.get(unit, Progress())
+            done += size if progress.committed else min(size, progress.text_bytes)
+        return done / max(1, sum(self._unit_bytes.values()))
 
 
 def duration(seconds: float) -> str:

@@ -125,8 +125,7 @@ def _matching(root: Path, pattern: str, skipped: set[Path]) -> list[Input]:
         there = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(6)) or "no files"
         raise UserError(
             f"no file under {root} matches {pattern!r} (there: {there}). "
-            f"give a pattern that fits, for example --pattern '{_suggestion(others)}' "
-            "(--data.pattern in a training command)."
+            f"give a pattern that fits, for example --pattern '{_suggestion(others)}'."
         )
     found: dict[str, Input] = {}
     for relative in sorted(by_path, key=lambda p: p.encode("utf-8", "surrogateescape")):

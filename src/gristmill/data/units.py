@@ -80,11 +80,12 @@ class UnitRecord:
 
 @dataclass
 class Progress:
-    """Work done so far in a unit."""
+    """Work done so far in a unit; `committed` at the very end."""
 
     text_bytes: int = 0
     documents: int = 0
     tokens: int = 0
+    committed: bool = False
 
 
 Report = Callable[[Progress], None]

@@ -164,6 +164,16 @@ def test_the_cache_goes_where_it_can(novels, tokenizer_dir, tmp_path, monkeypatc
     assert open_datasets(text_files(novels), tokenizer_dir).train.is_relative_to(home)
 
 
+def test_errors_name_the_options_of_training(novels, tokenizer_dir):
+    with pytest.raises(UserError, match=r"for example --data\.pattern '\*\*/\*\.txt'"):
+        open_datasets(text_files(novels, pattern="*.md"), tokenizer_dir)
+    with pytest.raises(UserError, match=r"^--data\.val_fraction 2 is no share"):
+        open_datasets(text_files(novels, val_fraction=2), tokenizer_dir)
+    (novels / "a" / "bad.txt").write_bytes(b"\0")
+    with pytest.raises(UserError, match=r"1 of 13 .*binary: 1.* more than 1%\. .*--data\.pattern"):
+        open_datasets(text_files(novels, val_fraction=0.0), tokenizer_dir)
+
+
 def test_raw_text_needs_a_tokenizer(novels):
     with pytest.raises(UserError, match="--tokenizer_dir"):
         open_datasets(text_files(novels), None)

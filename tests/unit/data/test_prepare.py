@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import signal
+import sys
 
 import pytest
 import tokenizers
@@ -13,7 +15,7 @@ from gristmill.config.commands import Prepare
 from gristmill.data import executors, finalize, prepare, units, workspace
 from gristmill.data.dataset import Dataset
 from gristmill.tokenizer.tokenizer import Tokenizer
-from gristmill.util.errors import RunError, UserError
+from gristmill.util.errors import Interrupted, RunError, UserError
 
 from .conftest import make_text, save_tokenizer, tree
 
@@ -165,8 +167,11 @@ def test_unfinished_work_is_no_dataset_and_is_continued(
 
     monkeypatch.setattr(executors, "run_unit", third_fails)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(
+        Interrupted, match=r"3 of \d+ parts are done. the same command goes on"
+    ) as stop:
         run_prepare("textfiles", novels, out)
+    assert stop.value.signal_number == signal.SIGINT
     with pytest.raises(UserError, match="is not finished. run the `gristmill prepare` command"):
         Dataset.open(out)
     with pytest.raises(UserError, match="unfinished work of another job"):
@@ -394,3 +399,11 @@ def test_a_worker_reports_errors_of_both_kinds(
     monkeypatch.setattr(prepare, "make_plan", then_changes)
     with pytest.raises(RunError, match=r"01\.txt has changed while it was being prepared"):
         run_prepare("textfiles", novels, tmp_path / "out", num_workers=2)
+
+
+def test_a_unit_whose_worker_always_dies_is_named(
+    run_prepare, novels, tmp_path, small_units, monkeypatch
+):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(RunError, match=r"the worker for unit \d died 3 times \(exit code 1"):
+        run_prepare("textfiles", novels, tmp_path / "out", num_workers=1)

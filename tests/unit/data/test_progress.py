@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from gristmill.data import progress, summary
+from gristmill.data.dataset import Dataset
+from gristmill.data.progress import Meter, duration
+from gristmill.data.units import Progress
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 0 s"), (200, "3 min 20 s"), (7500, "2 h 5 min")],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+def test_plain_lines_now_and_then(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    with Meter({3: 40_000_000, 4: 60_000_000}) as meter:
+        clock.now += 5
+        meter.update(3, Progress(10_000_000, 7, 2_000_000))
+        assert capsys.readouterr().err == ""
+        clock.now += 5
+        # Its size was overestimated: what is committed counts as done.
+        meter.update(3, Progress(30_000_000, 20, 6_000_000, committed=True))
+        meter.update(4, Progress(10_000_000, 5, 2_000_000))
+        (line,) = capsys.readouterr().err.splitlines()
+    assert line == ("preparing  40% | 20 documents | 30 MB | 6.0 M tokens | 3.0 MB/s | 15 s left")
+
+
+def test_a_live_line_on_a_terminal(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", terminal)
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    with Meter({0: 100}) as meter:
+        clock.now += 1
+        meter.update(0, Progress(50, 1, 25))
+    assert "preparing  50%" in terminal.getvalue()
+
+
+def test_the_summary_names_what_was_made(run_prepare, records, tmp_path):
+    out = run_prepare("jsonl", records, tmp_path / "out", val_fraction=0.2)
+    made = {name: Dataset.open(out / name).manifest for name in ("train", "val")}
+    text = summary.text(out, made, 2.0)
+    assert f"val:   {made['val'].totals.tokens:,} tokens in {out / 'val'}" in text
+    assert text.endswith(f"--data.data_path {out}")
+    assert "Next" not in summary.text(out, made, 2.0, following=False)
