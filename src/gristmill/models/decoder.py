@@ -100,8 +100,8 @@ class Decoder(nn.Module):
         self.config = config
         self.compiled_loss = False
         """Whether the loss compiles its softmax; for the one who compiles the blocks to set."""
-        # Without torch's own initial values, which are replaced anyway and on the meta device import
-        # the compiler (0.8 s).
+        # Without torch's own initial values: they are replaced anyway, and making them on the meta
+        # device imports the compiler (0.8 s).
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))

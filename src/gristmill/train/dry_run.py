@@ -11,7 +11,7 @@ from gristmill.parallel.compile import uncompile_blocks
 from gristmill.train.batch import TokenBatch
 from gristmill.train.run import Run
 from gristmill.train.settle import Job
-from gristmill.train.step import micro_step
+from gristmill.train.step import micro_step, update
 from gristmill.util.errors import UserError
 
 
@@ -46,7 +46,7 @@ def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     batch = TokenBatch.of(job.train.batch(0, job.micro_batch_size), job.device)
     inputs, targets = next(batch.micro_batches(job.micro_batch_size))
     micro_step(model, inputs, targets, batch.num_targets, job)
-    # found_inf makes a fused optimizer allocate its state and then change nothing.
-    optimizer.found_inf = torch.ones((), device=job.device)  # type: ignore[attr-defined]
-    optimizer.step()
+    # A fused optimizer allocates its state before it finds that there is nothing to change.
+    nothing, never = torch.zeros((), device=job.device), torch.tensor(False, device=job.device)
+    update(optimizer, nothing, never, max_norm=None)
     optimizer.zero_grad(set_to_none=True)

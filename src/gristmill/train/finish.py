@@ -69,8 +69,8 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     run.console.finished(run.job.out_dir / FINAL)
     if run.checkpointer.failed:
         raise RunError(
-            f"the last checkpoint of {run.job.out_dir} was not written (see above). "
-            "Free space and run the same command again before you extend the run."
+            f"a checkpoint of {run.job.out_dir} could not be written (see above). "
+            "Free some space; the same command then goes on from what is there."
         )
 
 

@@ -46,7 +46,7 @@ def fit(job: Job) -> None:
         model = run.model = build(job)
         optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
         if job.start_from is not None:
-            load_checkpoint(job.start_from, model, optimizer)
+            load_checkpoint(job.start_from, model, optimizer, verified=True)
         how = parallelize(model, job.device, compile=job.cfg.compile)
         run.announce(how)
         job = run.job = dry_run(run, model, optimizer)

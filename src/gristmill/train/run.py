@@ -16,7 +16,7 @@ from torch import nn
 
 from gristmill import __version__
 from gristmill.checkpoint.save import Checkpointer
-from gristmill.checkpoint.store import clean_partial, read_record
+from gristmill.checkpoint.store import clean_partial, discard_after, read_record
 from gristmill.models.counts import num_parameters
 from gristmill.models.device import describe
 from gristmill.track.console import Console, count
@@ -73,6 +73,9 @@ class Run:
             self.state = State(**{f.name: record[f.name] for f in fields(State)})
             own = job.start_from.parent.resolve() == out_dir.resolve()
             self.last_saved_step = self.state.step if own else None
+            if own:
+                # Later ones are damaged, or they would have been chosen.
+                discard_after(out_dir, self.state.step)
         self.checkpointer = Checkpointer(
             out_dir,
             keep_last=job.cfg.train.keep_last,

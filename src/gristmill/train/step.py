@@ -49,11 +49,10 @@ def train_step(
     total = torch.zeros((), device=batch.tokens.device)
     for inputs, targets in batch.micro_batches(job.micro_batch_size):
         total += micro_step(model, inputs, targets, batch.num_targets, job)
-    norm = clip_gradients(model, job.cfg.train.max_norm)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     finite = torch.isfinite(total) & torch.isfinite(norm)
-    # Fused optimizers leave weights and moments alone where found_inf is 1: no wait for the host.
-    optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-    optimizer.step()
+    update(optimizer, norm, finite, job.cfg.train.max_norm)
     optimizer.zero_grad(set_to_none=True)
     return StepStats(total.item(), norm.item(), bool(finite.item()))
 
@@ -68,10 +67,21 @@ def micro_step(
     return loss.detach()
 
 
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
-    """The gradient's norm, after scaling it down to `max_norm` (None: measured only)."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm, foreach=True)
-    return norm
+def update(
+    optimizer: torch.optim.Optimizer, norm: Tensor, finite: Tensor, max_norm: float | None
+) -> None:
+    """Step the optimizer with gradients scaled down to `max_norm`; not at all unless `finite`.
+
+    Fused optimizers do both in their one pass over memory and without waiting for the host: they
+    divide gradients by `grad_scale` and leave everything alone where `found_inf` is 1.
+    """
+    if optimizer.defaults.get("fused"):
+        scale = None if max_norm is None else (norm / max_norm).clamp(min=1.0)
+        optimizer.grad_scale = scale  # type: ignore[attr-defined]
+        optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        if max_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        optimizer.step()
