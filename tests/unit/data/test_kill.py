@@ -33,8 +33,8 @@ prepare(Prepare(layout="textfiles", input_dir=sys.argv[1], output_dir=sys.argv[2
 def corpus(tmp_path):
     folder = tmp_path / "text"
     folder.mkdir()
-    for number in range(24):
-        (folder / f"{number:02}.txt").write_text(make_text(number, 15_000))
+    for number in range(40):
+        (folder / f"{number:02}.txt").write_text(make_text(number, 25_000))
     return folder
 
 
@@ -56,47 +56,51 @@ def finished(process):
     assert process.wait(timeout=120) == 0
 
 
-def workers_of(process):
-    try:
-        return psutil.Process(process.pid).children()
-    except psutil.NoSuchProcess:
-        return []
+def num_done(out):
+    units = out / workspace.NAME / "units"
+    return len(os.listdir(units)) if units.is_dir() else 0
+
+
+def until_one_more_is_done(process, out):
+    """Wait until another unit is committed; the worker processes then."""
+    before = num_done(out)
+    while num_done(out) <= before:
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.002)
+    return psutil.Process(process.pid).children()
 
 
 @pytest.mark.slow
 def test_killed_drivers_and_workers(start, tmp_path):
     finished(start(tmp_path / "calm", 1))
-    calm = tree(tmp_path / "calm")
     chosen = random.Random(1)
-    out, kills, interrupted = tmp_path / "out", 0, False
-    for round_number in range(100):
-        process = start(out, chosen.choice([1, 2, 3]))
-        children = []
-        deadline = time.monotonic() + chosen.uniform(0.4, 2.0)
-        while time.monotonic() < deadline and process.poll() is None:
-            children = workers_of(process) or children
-            time.sleep(0.01)
-        if process.poll() is not None:
-            break
-        interrupted |= (out / workspace.NAME / "units").is_dir()
-        if round_number % 3 == 2 and children:
-            victim = chosen.choice(children)
-            if victim.is_running():
-                victim.kill()
-                kills += 1
-            finished(process)  # another worker takes its unit
-            break
+    out = tmp_path / "out"
+    for workers in (2, 1, 3, 2):
+        process = start(out, workers)
+        children = until_one_more_is_done(process, out)
+        time.sleep(chosen.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
         _, alive = psutil.wait_procs(children, timeout=10)
         assert not alive, "workers outlived their driver"
         assert not (out / "train" / "manifest.json").exists()
-    if process.returncode != 0:
-        finished(start(out, 2))
-    assert kills >= 3
-    assert interrupted
-    assert tree(out) == calm
+    process = start(out, 2)
+    for worker in until_one_more_is_done(process, out):
+        worker.kill()
+    finished(process)  # other workers took their units
+    assert tree(out) == tree(tmp_path / "calm")
+
+
+@pytest.mark.slow
+def test_killed_before_the_first_unit_is_done(start, tmp_path):
+    finished(start(tmp_path / "calm", 1))
+    for number, seconds in enumerate((0.2, 0.5, 0.8)):
+        process = start(tmp_path / "out", 1 + number)
+        time.sleep(seconds)
+        process.kill()
+        process.wait()
+    finished(start(tmp_path / "out", 2))
+    assert tree(tmp_path / "out") == tree(tmp_path / "calm")
 
 
 @pytest.mark.slow
@@ -104,10 +108,7 @@ def test_interrupt_ends_all_processes_and_keeps_the_work(start, tmp_path):
     out = tmp_path / "out"
     process = start(out, 2)
     units = out / workspace.NAME / "units"
-    while not (units.is_dir() and os.listdir(units)):
-        assert process.poll() is None
-        time.sleep(0.01)
-    children = workers_of(process)
+    children = until_one_more_is_done(process, out)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=10) != 0
     _, alive = psutil.wait_procs(children, timeout=10)
