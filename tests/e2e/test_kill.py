@@ -18,8 +18,9 @@ from conftest import pretrain
 pytestmark = pytest.mark.slow
 
 POINTS = [
-    "gristmill.data.units:publish",
-    "gristmill.data.finalize:finalize",
+    "gristmill.data.prepare:build",
+    "gristmill.data.finalize:_place",
+    "gristmill.data.workspace:_rename_new",
     "gristmill.train.directory:write",
     "gristmill.train.fit:train_step",
     "gristmill.train.fit:validate",

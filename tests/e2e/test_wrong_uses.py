@@ -228,7 +228,7 @@ def test_another_dataset_is_not_overwritten(refused, novel, tokenizer, tmp_path)
     argv = prepare(novel, tokenizer, tmp_path / "out", "--num_workers", "1")
     assert main([str(word) for word in argv]) == 0
     manifest = (tmp_path / "out" / "manifest.json").read_bytes()
-    refused([*argv, "--eos", "7"], str(tmp_path / "out"), "--overwrite true")
+    refused([*argv, "--eos", "7"], str(tmp_path / "out"), "--overwrite")
     assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
 
 

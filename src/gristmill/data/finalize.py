@@ -7,6 +7,7 @@ Every step can be repeated: a killed finalize is finished by the next.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -182,10 +183,12 @@ def _check_rejects(records: Sequence[UnitRecord], space: Workspace, limit: float
     if rejected <= limit * seen:
         return
     listed = ", ".join(f"{reason}: {number:,}" for reason, number in reasons.items())
+    with (space.folder / REJECTS).open(encoding="utf-8") as file:
+        first = json.loads(next(file))["path"]
     enough = math.ceil(1000 * rejected / seen) / 1000
     raise UserError(
-        f"{rejected:,} of {seen:,} documents could not be read ({listed}), more than "
-        f"--max_reject_fraction {limit} allows; they are listed in {space.folder / REJECTS}. "
+        f"{rejected:,} of {seen:,} documents could not be read ({listed}; first in {first}), more "
+        f"than --max_reject_fraction {limit} allows; they are listed in {space.folder / REJECTS}. "
         f"mend or move them away, or accept the loss with --max_reject_fraction {enough} "
         "(the rest is kept and not prepared again).",
         fix={"--max_reject_fraction": enough},

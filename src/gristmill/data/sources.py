@@ -132,7 +132,13 @@ def _matching(root: Path, pattern: str, skipped: set[Path]) -> list[Input]:
         real = os.path.realpath(by_path[relative])
         if real not in found:
             place = by_path[relative].relative_to(root).as_posix()
-            found[real] = Input(relative, place, os.stat(real).st_size)
+            try:
+                found[real] = Input(relative, place, os.stat(real).st_size)
+            except OSError as error:
+                raise UserError(
+                    f"{root / place} cannot be read ({error.strerror}). "
+                    "mend it, move it away, or narrow the pattern (--pattern)."
+                ) from None
     return list(found.values())
 
 
