@@ -172,7 +172,6 @@ def _find(path: str | Path) -> Path:
                 return folder / name
     found = "no tokenizer.json or tokenizer.model in it" if root.is_dir() else "no such directory"
     raise UserError(
-        f"no tokenizer at {path} ({found}). download one with `gristmill download ORG/NAME "
-        "--tokenizer_only true`, or make one with `gristmill tokenizer train --input_dir TEXT "
-        "--out_dir DIR`."
+        f"no tokenizer at {path} ({found}). name a directory with one, or make one with "
+        "`gristmill tokenizer train --input_dir TEXT --out_dir DIR`."
     )

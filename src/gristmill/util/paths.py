@@ -13,7 +13,7 @@ def resolve_model_dir(path: str | os.PathLike[str]) -> Path:
     """The directory or file that `path` means; it need not exist.
 
     `~` is expanded. A relative path that does not exist, but does under `checkpoints/` (where
-    `gristmill download` puts things), is that one: `EleutherAI/pythia-14m` is enough.
+    tools of this field keep models), is that one: `EleutherAI/pythia-14m` is enough.
     """
     given = Path(path).expanduser()
     if given.is_absolute() or given.exists() or given.parts[:1] == (DOWNLOADS,):

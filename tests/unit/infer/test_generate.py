@@ -90,7 +90,7 @@ def test_model_without_tokenizer(base_model, tmp_path):
     for file in base_model.iterdir():
         if not file.name.startswith("tokenizer"):
             (tmp_path / file.name).symlink_to(file)
-    with pytest.raises(UserError, match="no tokenizer at .*gristmill download"):
+    with pytest.raises(UserError, match="no tokenizer at .*gristmill tokenizer train"):
         generate(Generate(checkpoint_dir=str(tmp_path)))
 
 
