@@ -1,0 +1,53 @@
+"""A LitGPT data module that hands out given batches and writes down when each was asked for.
+
+Runs inside LitGPT's own environment, as `litgpt pretrain … --data litgpt_fixed_tokens.FixedTokens`.
+"""
+
+import os
+import time
+
+import numpy as np
+import torch
+from litgpt.data import DataModule
+from torch.utils.data import DataLoader, Dataset
+
+
+class Batches(Dataset):
+    """Whole batches of token ids, int64 [micro_batch, seq_len + 1]."""
+
+    def __init__(self, tokens: np.ndarray, stamps: str | None) -> None:
+        self.tokens, self.stamps = tokens, stamps
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.stamps is not None:
+            with open(self.stamps, "a", encoding="ascii") as file:
+                file.write(f"{time.perf_counter()!r}\n")
+        return torch.from_numpy(self.tokens[index])
+
+
+class FixedTokens(DataModule):
+    """Batches from an .npy file, in order; the first few serve for validation too."""
+
+    def __init__(self, tokens_path: str = "", num_val_batches: int = 8) -> None:
+        super().__init__()
+        self.tokens_path, self.num_val_batches = tokens_path, num_val_batches
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=None, **kwargs) -> None:
+        """Take note of the shape that the loop wants."""
+        self.expected = (batch_size, max_seq_length + 1)
+
+    def setup(self, stage: str = "") -> None:
+        """Read the file."""
+        self.tokens = np.load(self.tokens_path)
+        assert self.tokens.shape[1:] == self.expected, (self.tokens.shape, self.expected)
+
+    def train_dataloader(self) -> DataLoader:
+        """All batches, in this process: nothing is cheaper."""
+        return DataLoader(Batches(self.tokens, os.environ["STAMPS"]), batch_size=None)
+
+    def val_dataloader(self) -> DataLoader:
+        """The first few."""
+        return DataLoader(Batches(self.tokens[: self.num_val_batches], None), batch_size=None)
