@@ -167,9 +167,7 @@ def test_dropout_of_a_file_is_ignored(trained_dir, tmp_path):
 
 
 def test_missing_directory_says_how_to_get_one(tmp_path):
-    with pytest.raises(
-        UserError, match=r"no such directory.*--tokenizer_only true.*tokenizer train"
-    ):
+    with pytest.raises(UserError, match=r"no such directory.*gristmill tokenizer train"):
         Tokenizer.load(tmp_path / "absent")
     with pytest.raises(UserError, match="no tokenizer.json or tokenizer.model in it"):
         Tokenizer.load(tmp_path)
