@@ -141,6 +141,10 @@ def _dispatch(words: list[str]) -> int:
     config = parse(
         _load(command.config), rest, prog=f"gristmill {name}", positionals=command.positionals
     )
+    # How long a thread spins at a barrier before it sleeps. OpenMP's default suits a machine of its
+    # own; on one that does anything else, threads wait for each other's time slices and training is
+    # up to seven times slower (measured). Read once, when torch loads the library.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _load(command.run)(config)
     return 0
 
