@@ -110,11 +110,14 @@ class Decoder(nn.Module):
             self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
+    def head_rows(self) -> Tensor:
+        """The whole output head, [vocab_size, d]: the embedding where they are one."""
+        return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    @property
     def head_weight(self) -> Tensor:
         """Rows of the output head that stand for a token, [token_ids, d]."""
-        weight = self.embed.weight if self.config.tie_embeddings else self.head.weight
-        ids = self.config.token_ids
-        return weight if ids == weight.shape[0] else weight[:ids]
+        return self.head_rows[: self.config.token_ids]
 
     def forward(
         self,
@@ -135,9 +138,10 @@ class Decoder(nn.Module):
         if targets is not None:
             return linear_cross_entropy(
                 hidden.flatten(0, 1),
-                self.head_weight,
+                self.head_rows,
                 targets.flatten(),
                 z_loss=z_loss,
+                num_token_ids=self.config.token_ids,
                 compiled=self.compiled_loss,
             )
         if num_logits is not None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from gristmill.models.attention import attend
+from gristmill.models.attention import _CausalAttention, attend
 
 
 def reference(q, k, v, allowed):
@@ -36,3 +36,21 @@ def test_flash_kernel_is_used_on_cpu():
     q, k = torch.randn(1, 4, 16, 8, requires_grad=True), torch.randn(1, 2, 16, 8)
     out = attend(q, k, k)
     assert "Flash" in type(out.grad_fn).__name__, type(out.grad_fn).__name__
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("length", [2, 127, 128, 300])
+def test_the_written_out_backward_pass_is_that_of_the_kernel(heads, kv_heads, length):
+    generator = torch.Generator().manual_seed(length)
+    q, k, v, grad = (
+        torch.randn(2, n, length, 8, generator=generator, dtype=torch.float64)
+        for n in (heads, kv_heads, kv_heads, heads)
+    )
+    written = [x.clone().requires_grad_() for x in (q, k, v)]
+    kernel = [x.clone().requires_grad_() for x in (q, k, v)]
+    _CausalAttention.apply(*written).backward(grad)
+    grouped = heads != kv_heads
+    F.scaled_dot_product_attention(*kernel, is_causal=True, enable_gqa=grouped).backward(grad)
+    for mine, theirs in zip(written, kernel, strict=True):
+        # The scores are kept in fp32, whatever the inputs are.
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)

@@ -467,8 +467,8 @@ _add(
     {
         "gristmill-nano": None,
     },
-    _shape(6, 256, 4, 2, 768),
-    {"vocab_size": 8192, "max_seq_length": 512, "tie_embeddings": True},
+    _shape(4, 256, 4, 2, 768),
+    {"vocab_size": 2048, "max_seq_length": 256, "tie_embeddings": True},
 )
 
 FAMILY = Family(
