@@ -28,21 +28,22 @@ def quickstart(cfg: Quickstart) -> None:
     root = Path(cfg.out_dir)
     collect(root / "text")
     _run(
-        f"tokenizer train {root}/text --pattern **/*.py --vocab_size 4096"
+        f"tokenizer train {root}/text --pattern **/*.py --vocab_size 2048"
         f" --out_dir {root}/tokenizer"
     )
     _run(
-        f"prepare textfiles --input_dir {root}/text --pattern **/*.py --val_fraction 0.02"
+        f"prepare textfiles --input_dir {root}/text --pattern **/*.py --val_fraction 0.01"
         f" --tokenizer_dir {root}/tokenizer --output_dir {root}/data --max_reject_fraction 0.02"
     )
-    _run(
+    train = (
         f"pretrain gristmill-nano --data LitData --data.data_path {root}/data"
-        f" --out_dir {root}/run --train.max_tokens 5_000_000 --train.global_batch_size 16"
-        " --optimizer.lr 0.003"
+        f" --out_dir {root}/run --train.global_batch_size 8 --train.lr_warmup_steps 30"
+        " --train.min_lr 0 --optimizer.lr 0.004 --eval.interval 250"
     )
+    _run(f"{train} --train.max_tokens 2_500_000")
     for prompt in PROMPTS:
         _run("generate", f"{root}/run", "--prompt", prompt, "--max_new_tokens", "120")
-    _summary(root)
+    _summary(root, train)
 
 
 def collect(target: Path) -> None:
@@ -76,7 +77,7 @@ def _run(command: str, *words: str) -> None:
         sys.exit(code)
 
 
-def _summary(root: Path) -> None:
+def _summary(root: Path, train: str) -> None:
     rows = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
     checks = [row for row in rows if "val_loss" in row]
     first, last = checks[0], checks[-1]
@@ -86,9 +87,7 @@ def _summary(root: Path) -> None:
         f"after {last['tokens']:,} tokens.\n"
         f"The model is in {root}/run/final and loads in transformers as it is. Go on with:\n"
         f"  gristmill chat {root}/run\n"
-        f"  gristmill pretrain gristmill-nano --data LitData --data.data_path {root}/data "
-        f"--out_dir {root}/run --train.max_tokens 20_000_000 --train.global_batch_size 16 "
-        "--optimizer.lr 0.003\n"
+        f"  gristmill {train} --train.max_tokens 10_000_000\n"
         "  gristmill pretrain gristmill-nano --data TextFiles --data.train_data_path YOUR_FOLDER "
         f"--tokenizer_dir {root}/tokenizer"
     )

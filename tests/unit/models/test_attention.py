@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gristmill.models.attention import _CausalAttention, attend
 
