@@ -155,7 +155,7 @@ def measured(command: list[str], work: Path, side: str, threads: int, number: in
     stamps.unlink(missing_ok=True)
     env = {
         "STAMPS": str(stamps),
-        "PYTHONPATH": str(IN_PROCESS),
+        "PYTHONPATH": os.pathsep.join([str(IN_PROCESS), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(work / f"inductor-{side}"),
     }

@@ -211,6 +211,20 @@ def test_overwrite_starts_again(own_run, world):
     assert [row["step"] for row in metrics(own_run)] == list(range(21))
 
 
+def test_deterministic_algorithms_are_used_in_the_run_only(world, tmp_path, monkeypatch):
+    body = "    assert torch.are_deterministic_algorithms_enabled()\n"
+    option = hook(tmp_path, monkeypatch, "deterministic_check", body)
+    words = pretrain(world, tmp_path / "run", *option, "--train.max_steps", "2")
+    assert main(words) == 1
+    assert main([*words, "--deterministic", "true"]) == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_options_of_a_tracker_that_is_not_used_are_refused(world, tmp_path, capsys):
+    assert main(pretrain(world, tmp_path / "run", "--log.project", "mills")) == 2
+    assert "--log.project: only the wandb tracker" in capsys.readouterr().err
+
+
 def test_trackers_write_beside_the_metrics(world, tmp_path):
     words = pretrain(world, tmp_path / "run", "--logger_name", "csv", "--train.max_steps", "3")
     assert main(words) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 import time
@@ -87,6 +88,11 @@ class Run:
             [job.cfg.logger_name], out_dir, job.cfg.log, start_step=self.state.step
         )
         self.console = Console(total_steps=job.length.total_steps, start_step=self.state.step)
+        self._deterministic = torch.are_deterministic_algorithms_enabled()
+        if job.cfg.deterministic:
+            # What cuBLAS needs for it; read when it first runs.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._on_signal)
         return self
@@ -100,6 +106,7 @@ class Run:
         """Give everything back; a checkpoint being written is finished first."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        torch.use_deterministic_algorithms(self._deterministic)
         self.console.close()
         self.trackers.close()
         self.checkpointer.wait()

@@ -120,6 +120,13 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
                 f"{option} {value}: this version trains on one device. Leave {option} out.",
                 {option: None},
             )
+    typed = [f"--log.{name}" for name, value in vars(cfg.log).items() if value is not None]
+    if typed and cfg.logger_name != "wandb":
+        raise UserError(
+            f"{', '.join(typed)}: only the wandb tracker takes that. Add --logger_name wandb, or "
+            f"leave it out.",
+            {"--logger_name": "wandb"},
+        )
     if cfg.initial_checkpoint_dir and cfg.resume not in ("auto", False):
         raise UserError(
             f"both --initial_checkpoint_dir {cfg.initial_checkpoint_dir} and --resume {cfg.resume} "
