@@ -32,7 +32,7 @@ def quickstart(cfg: Quickstart) -> None:
         f" --out_dir {root}/tokenizer"
     )
     _run(
-        f"prepare textfiles --input_dir {root}/text --pattern **/*.py --val_fraction 0.01"
+        f"prepare textfiles --input_dir {root}/text --pattern **/*.py --val_fraction 0.02"
         f" --tokenizer_dir {root}/tokenizer --output_dir {root}/data --max_reject_fraction 0.02"
     )
     train = (
@@ -40,7 +40,7 @@ def quickstart(cfg: Quickstart) -> None:
         f" --out_dir {root}/run --train.global_batch_size 8 --train.lr_warmup_steps 30"
         " --train.min_lr 0 --optimizer.lr 0.004 --eval.interval 250"
     )
-    _run(f"{train} --train.max_tokens 2_500_000")
+    _run(f"{train} --train.max_tokens 3_000_000")
     for prompt in PROMPTS:
         _run("generate", f"{root}/run", "--prompt", prompt, "--max_new_tokens", "120")
     _summary(root, train)
