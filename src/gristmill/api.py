@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
 from gristmill.config.commands import Prepare, Pretrain, Sampling
+from gristmill.config.data import LitData
+from gristmill.config.model import ModelConfig
 from gristmill.util.errors import UserError
 
 T = TypeVar("T")
@@ -118,7 +120,11 @@ def _configured(kind: type[T], config: T | None, settings: dict[str, Any]) -> T:
         )
     values = dict(settings)
     for name, value in settings.items():
-        section = fields[name].default_factory
+        section = ModelConfig if name == "model_config" else fields[name].default_factory
         if isinstance(value, dict) and section is not dataclasses.MISSING:
             values[name] = _configured(section, None, value)  # type: ignore[arg-type]
+        elif name == "data" and isinstance(value, (str, Path)):
+            values[name] = LitData(data_path=str(value))
+        elif isinstance(value, Path):
+            values[name] = str(value)
     return kind(**values)

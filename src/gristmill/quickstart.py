@@ -26,23 +26,20 @@ PROMPTS = ("def read_file(path):\n", "class Stack:\n    def __init__(self")
 def quickstart(cfg: Quickstart) -> None:
     """Run every stage from text to a model that writes, showing each command."""
     root = Path(cfg.out_dir)
+    text, tokenizer, data, run = (str(root / n) for n in ("text", "tokenizer", "data", "run"))
     collect(root / "text")
-    _run(
-        f"tokenizer train {root}/text --pattern **/*.py --vocab_size 2048"
-        f" --out_dir {root}/tokenizer"
-    )
-    _run(
-        f"prepare textfiles --input_dir {root}/text --pattern **/*.py --val_fraction 0.02"
-        f" --tokenizer_dir {root}/tokenizer --output_dir {root}/data --max_reject_fraction 0.02"
-    )
-    train = (
-        f"pretrain gristmill-nano --data LitData --data.data_path {root}/data"
-        f" --out_dir {root}/run --train.global_batch_size 8 --train.lr_warmup_steps 30"
-        " --train.min_lr 0 --optimizer.lr 0.004 --eval.interval 250"
-    )
-    _run(f"{train} --train.max_tokens 3_000_000")
+    pattern = ("--pattern", "**/*.py")
+    size = ("--vocab_size", "2048")
+    _run("tokenizer", "train", text, *pattern, *size, "--out_dir", tokenizer)
+    split = ("--val_fraction", "0.02", "--max_reject_fraction", "0.02")
+    where = ("--tokenizer_dir", tokenizer, "--output_dir", data)
+    _run("prepare", "textfiles", "--input_dir", text, *pattern, *split, *where)
+    train = ["pretrain", "gristmill-nano", "--data", "LitData", "--data.data_path", data]
+    train += ["--out_dir", run, "--train.global_batch_size", "8", "--train.lr_warmup_steps", "30"]
+    train += ["--train.min_lr", "0", "--optimizer.lr", "0.004", "--eval.interval", "250"]
+    _run(*train, "--train.max_tokens", "3_000_000")
     for prompt in PROMPTS:
-        _run("generate", f"{root}/run", "--prompt", prompt, "--max_new_tokens", "120")
+        _run("generate", run, "--prompt", prompt, "--max_new_tokens", "120")
     _summary(root, train)
 
 
@@ -68,16 +65,15 @@ def collect(target: Path) -> None:
     print(f"Text: {len(files):,} files, {size / 1e6:.1f} MB of Python from {source}, in {target}")
 
 
-def _run(command: str, *words: str) -> None:
+def _run(*words: str) -> None:
     """Show a gristmill command as a person would type it, and run it."""
-    argv = [*command.split(), *words]
-    print(f"\n$ {shlex.join(['gristmill', *argv])}", flush=True)
-    code = main(argv)
+    print(f"\n$ {shlex.join(['gristmill', *words])}", flush=True)
+    code = main(words)
     if code:
         sys.exit(code)
 
 
-def _summary(root: Path, train: str) -> None:
+def _summary(root: Path, train: list[str]) -> None:
     rows = [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
     checks = [row for row in rows if "val_loss" in row]
     first, last = checks[0], checks[-1]
@@ -86,8 +82,8 @@ def _summary(root: Path, train: str) -> None:
         f"{first['val_bits_per_byte']:.2f} -> {last['val_bits_per_byte']:.2f} bits per byte, "
         f"after {last['tokens']:,} tokens.\n"
         f"The model is in {root}/run/final and loads in transformers as it is. Go on with:\n"
-        f"  gristmill chat {root}/run\n"
-        f"  gristmill {train} --train.max_tokens 10_000_000\n"
+        f"  {shlex.join(['gristmill', 'chat', str(root / 'run')])}\n"
+        f"  {shlex.join(['gristmill', *train, '--train.max_tokens', '10_000_000'])}\n"
         "  gristmill pretrain gristmill-nano --data TextFiles --data.train_data_path YOUR_FOLDER "
-        f"--tokenizer_dir {root}/tokenizer"
+        f"--tokenizer_dir {shlex.quote(str(root / 'tokenizer'))}"
     )

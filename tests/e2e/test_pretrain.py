@@ -71,10 +71,14 @@ def test_final_loads_in_transformers_with_the_same_logits(world):
 
 
 def test_a_finished_run_says_so_and_changes_nothing(own_run, world, capsys):
-    before = {p: p.stat().st_mtime_ns for p in own_run.rglob("*") if p.is_file()}
+    def times():
+        files = [p for p in own_run.rglob("*") if p.is_file() and p.name != ".lock"]
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before = times()
     assert main(pretrain(world, own_run)) == 0
     assert "is finished: 20 steps" in capsys.readouterr().out
-    assert {p: p.stat().st_mtime_ns for p in own_run.rglob("*") if p.is_file()} == before
+    assert times() == before
 
 
 def test_a_larger_limit_goes_on_from_the_last_step(own_run, world):
@@ -166,6 +170,38 @@ def test_a_fork_takes_weights_optimizer_and_place(world, tmp_path):
     assert [row["step"] for row in metrics(tmp_path / "fork")] == [17, 18, 19, 20]
 
 
+def test_a_fork_with_nothing_left_to_train_is_refused(world, tmp_path, capsys):
+    source = str(world / "run/step-00000016")
+    words = pretrain(world, tmp_path / "fork", "--resume", source, "--train.max_steps", "10")
+    assert main(words) == 2
+    assert "nothing is left to train" in capsys.readouterr().err
+    assert not (tmp_path / "fork/final").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--train.keep_every", "0"),
+        ("--train.max_norm", "0"),
+        ("--train.log_interval", "0"),
+        ("--eval.max_iters", "0"),
+        ("--optimizer.betas", "[2,3]"),
+        ("--model_config.num_layers", "0"),
+    ],
+)
+def test_a_mistake_with_overwrite_deletes_nothing(option, value, own_run, world, capsys):
+    before = sorted(own_run.rglob("*"))
+    assert main(pretrain(world, own_run, "--overwrite", option, value)) == 2
+    assert sorted(own_run.rglob("*")) == before
+    assert "failure inside" not in capsys.readouterr().err
+
+
+def test_a_hook_that_fails_is_named(world, tmp_path, monkeypatch, capsys):
+    option = hook(tmp_path, monkeypatch, "broken", "    {}['key']\n")
+    assert main(pretrain(world, tmp_path / "run", *option)) == 1
+    assert "--hook broken:hook failed at step 1 (KeyError" in capsys.readouterr().err
+
+
 def test_going_on_from_an_older_checkpoint_in_place_is_refused(own_run, world, capsys):
     words = pretrain(world, own_run, "--resume", str(own_run / "step-00000016"))
     assert main(words) == 2
@@ -192,11 +228,14 @@ def test_another_process_in_the_directory_is_refused(own_run, world, capsys):
     assert "--out_dir" in error
 
 
-def test_time_limit_ends_a_run_with_a_model(world, tmp_path):
+def test_time_limit_ends_a_run_with_a_model(world, tmp_path, capsys):
     words = pretrain(world, tmp_path / "run", "--train.max_time", "0.001s")
     assert main(words) == 0
     assert (tmp_path / "run/final/config.json").is_file()
     assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1]
+    assert "--train.max_time is over at step 1" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "A larger --train.max_time goes on" in capsys.readouterr().out
 
 
 def test_validation_does_not_change_training(world, tmp_path):
@@ -229,6 +268,20 @@ def test_trackers_write_beside_the_metrics(world, tmp_path):
     words = pretrain(world, tmp_path / "run", "--logger_name", "csv", "--train.max_steps", "3")
     assert main(words) == 0
     assert list((tmp_path / "run").rglob("*.csv"))
+
+
+def test_python_takes_plain_values(world, tmp_path):
+    import gristmill
+
+    prepared = next((world / "novels/.gristmill").glob("*/train")).parent
+    gristmill.pretrain(
+        model_config={"num_layers": 1, "hidden_size": 16, "num_heads": 2, "vocab_size": 300},
+        data=prepared,
+        out_dir=tmp_path / "run",
+        compile="off",
+        train={"max_steps": 2, "max_seq_length": 32, "global_batch_size": 2},
+    )
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -232,6 +232,12 @@ def test_another_dataset_is_not_overwritten(refused, novel, tokenizer, tmp_path)
     assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
 
 
+def test_options_that_a_layout_has_no_use_for(refused, novel, tokenizer, tmp_path):
+    argv = prepare(novel, tokenizer, tmp_path / "out")
+    refused([*argv, "--text_field", "body"], "--text_field body", "textfiles")
+    assert not (tmp_path / "out").exists()
+
+
 # The length of the run
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,8 +38,14 @@ FOREIGN_CLASSES = {
 }
 """Class paths in LitGPT's configuration files and what they are called here."""
 
+NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")
+"""Endings of options that name something, which an empty text does not."""
+
 CODE_SETTINGS = ("hook",)
 """Settings that name code to run; refused in a configuration that comes from a URL."""
+
+SECTIONS = ("data", "optimizer", "model_config", "train", "eval", "log")
+"""Settings that hold settings."""
 
 
 def parser_for(command: type, prog: str) -> ArgumentParser:
@@ -113,7 +119,7 @@ def normalise(
                 raise UserError(
                     f"unexpected word {word!r}. Options start with --; a value follows its option."
                 )
-            arguments.append(f"--{name}={word}")
+            arguments.append(f"--{name}={_value(f'--{name}', word)}")
     if pending is not None:
         # `--data.help` alone is complete; any other option lacks its value and the parser says so.
         arguments.append(f"{pending}=true" if pending in flags else pending)
@@ -122,6 +128,8 @@ def normalise(
 
 def _value(option: str, value: str) -> str:
     """The value of an option in the form the parser takes."""
+    if not value and option.endswith(NAMING):
+        raise UserError(f"{option} is empty. Give it a value, or leave it out.")
     if option == "--config":
         return yaml.safe_dump(_adopt(load_recipe(value), from_url="://" in value), width=10**9)
     if option == "--data" and Path(value).is_dir():
@@ -133,33 +141,49 @@ def _value(option: str, value: str) -> str:
 
 def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
     """A configuration file's content in our words; LitGPT's files are taken as they are."""
-    for key in CODE_SETTINGS:
-        if from_url and config.get(key):
-            raise UserError(
-                f"the configuration names code to run ({key}: {config[key]}) but comes from a URL. "
-                "Download it, read it, and give the file to --config."
-            )
+    if from_url:
+        _refuse_code(config)
     for key in ("data", "optimizer"):
         section = config.get(key)
         if isinstance(section, str):
             config[key] = {"class_path": FOREIGN_CLASSES.get(section, section).replace(":", ".")}
         elif isinstance(section, dict) and "class_path" in section:
             name = str(section["class_path"])
-            if from_url and not _is_ours(name):
-                raise UserError(
-                    f"the configuration names code to run ({key}: {name}) but comes from a URL. "
-                    "Download it, read it, and give the file to --config."
-                )
             section["class_path"] = FOREIGN_CLASSES.get(name, name).replace(":", ".")
     return {key: value for key, value in config.items() if value is not None}
 
 
+def _refuse_code(config: dict[str, Any]) -> None:
+    """Raise UserError where a configuration from elsewhere could make this program import code.
+
+    Only classes of ours may be named, and sections only be written out: a dotted key or the path
+    of another file in a section's place would pass by this check.
+    """
+    for key, value in _entries(config):
+        last = key.rpartition("/")[2]
+        named = last in CODE_SETTINGS or last == "class_path" or key in ("data", "optimizer")
+        code = named and isinstance(value, str) and not _is_ours(value)
+        hidden = "." in last or (key in SECTIONS and not isinstance(value, (dict, type(None))))
+        if code or (hidden and not (named and isinstance(value, str) and _is_ours(value))):
+            raise UserError(
+                f"the configuration names code to run or hides it ({key}: {value}) but comes from "
+                "a URL. Download it, read it, and give the file to --config."
+            )
+
+
+def _entries(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its value, nested keys as `outer/inner`."""
+    for key, value in config.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _entries(value, f"{prefix}{key}/")
+
+
 def _is_ours(class_path: str) -> bool:
     known = {cls.__name__ for cls in subclasses(DataModule) | subclasses(Optimizer)}
-    return (
-        class_path in FOREIGN_CLASSES
-        or class_path.removeprefix("gristmill.").split(".")[-1] in known
-    )
+    package, _, name = class_path.rpartition(".")
+    ours = not package or package.startswith("gristmill.config.") or package == "gristmill.config"
+    return class_path in FOREIGN_CLASSES or (ours and name in known)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -173,6 +197,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             value = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init}
         elif dataclasses.is_dataclass(value):
             value = to_dict(value)
+        elif isinstance(value, Path):
+            value = str(value)
         elif isinstance(value, tuple):
             value = list(value)
         result[field.name] = value

@@ -13,11 +13,11 @@ class TrainArgs:
     """Length, batches and schedule of training. `auto` fits the run; a typed value is checked."""
 
     max_tokens: int | Auto = "auto"
-    """Stop after this many tokens; auto: one epoch unless another limit is given."""
+    """Stop after this many tokens; auto: one epoch, or as max_steps or epochs say."""
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
     max_time: str | None = None
-    """Stop after this much training time, such as 90s, 30m or 2h; restarts continue the count."""
+    """Stop after this much training time, as 90s, 30m or 2h, all restarts together, if sooner."""
     epochs: float | None = None
     """Stop after this many passes over the training set."""
     global_batch_size: int | Auto = "auto"

@@ -147,6 +147,18 @@ def recipe_for(
     seed: int = 42,
 ) -> Recipe:
     """The options that shape a dataset, with every `auto` resolved."""
+    if layout.records == "jsonl" and separator is not None:
+        raise UserError(
+            f"--separator {separator!r} parts text files; in {layout.name} a line is a document. "
+            "leave it out.",
+            {"--separator": None},
+        )
+    if layout.records == "text" and text_field != "text":
+        raise UserError(
+            f"--text_field {text_field} names a field of records; {layout.name} has none. "
+            "leave it out, or choose the layout jsonl.",
+            {"--text_field": None},
+        )
     frame = layouts.frame(
         layout,
         bos=bos,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def text(out: Path, made: Mapping[str, Manifest], seconds: float, *, following: 
         ]
     lines += _left_out(out / ("train" if "train" in made else ""), next(iter(made.values())))
     if following:
-        lines.append(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {out}")
+        path = shlex.quote(str(out))
+        lines.append(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {path}")
     return "\n".join(lines)
 
 

@@ -24,13 +24,14 @@ import yaml
 
 from gristmill import __version__
 from gristmill.checkpoint.load import newest_good
-from gristmill.checkpoint.store import complete
+from gristmill.checkpoint.store import clean_partial, complete
 from gristmill.config.commands import Pretrain
 from gristmill.config.parse import to_dict
 from gristmill.train.length import Length
 from gristmill.util.errors import UserError
 
 RUN_FILE = "run.yaml"
+METRICS_FILE = "metrics.jsonl"
 
 FIXED_TRAIN_SETTINGS = (
     "global_batch_size",
@@ -89,9 +90,18 @@ def find(cfg: Pretrain, wanted: dict[str, Any], name: str) -> tuple[Path, Record
             f"out_dir {out_dir} is a file. Give a directory.",
             {"--out_dir": out_dir.with_name(out_dir.name + "-run")},
         )
-    record = read(out_dir)
     if cfg.overwrite:
+        named = _run_dir_of(cfg.resume)
+        if named is not None and named.resolve() == out_dir.resolve():
+            raise UserError(
+                f"--overwrite would delete the run in {out_dir} that --resume {cfg.resume} starts "
+                "from. Choose another --out_dir.",
+                {"--out_dir": next_free(out_dir), "--overwrite": None},
+            )
         return out_dir, None
+    record = read(out_dir)
+    if record is not None and not complete(out_dir) and not (out_dir / METRICS_FILE).exists():
+        record = None  # it ended before its first step and left nothing to protect
     if record is None:
         if (out_dir / "final").exists() or complete(out_dir):
             raise UserError(
@@ -116,17 +126,17 @@ def find(cfg: Pretrain, wanted: dict[str, Any], name: str) -> tuple[Path, Record
     return out_dir, record
 
 
-def start_point(cfg: Pretrain, out_dir: Path, record: Record | None) -> Path | None:
+def start_point(cfg: Pretrain, out_dir: Path, *, going_on: bool) -> Path | None:
     """The checkpoint to go on from, verified; None for a run that starts afresh."""
     source = _run_dir_of(cfg.resume)
     if source is not None:
         forked = source.resolve() != out_dir.resolve()
         # A fork that was interrupted goes on from its own checkpoints.
-        own = newest_good(out_dir) if forked and record else None
+        own = newest_good(out_dir) if forked and going_on else None
         return own or _named_checkpoint(Path(str(cfg.resume)), out_dir)
     if cfg.resume is False or cfg.overwrite:
         return None
-    newest = newest_good(out_dir) if record else None
+    newest = newest_good(out_dir) if going_on else None
     if newest is None and cfg.resume is True:
         raise UserError(
             f"--resume true, but {out_dir} has no checkpoint. Use --resume auto to start afresh.",
@@ -195,8 +205,18 @@ def write(
 
 
 def lock(out_dir: Path) -> IO[str]:
-    """An open file that makes this process the directory's one writer until it is closed."""
-    handle = (out_dir / ".lock").open("a+")
+    """An open file that makes this process the directory's one writer until it is closed.
+
+    Makes the directory. Raises UserError when it cannot, or when another process holds it.
+    """
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        handle = (out_dir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(
+            f"the run directory {out_dir} cannot be written ({error.strerror}). "
+            "Choose another --out_dir."
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -217,11 +237,16 @@ def lock(out_dir: Path) -> IO[str]:
 
 def clear(out_dir: Path) -> None:
     """Delete a run's files (and nothing else) from its directory; the lock stays."""
-    for path in out_dir.iterdir():
-        if path.is_dir() and (path.name.startswith("step-") or path.name in ("final", "logs")):
-            shutil.rmtree(path)
-        elif path.name in (RUN_FILE, "metrics.jsonl", "metrics.csv"):
-            path.unlink()
+    for path in complete(out_dir):
+        shutil.rmtree(path)
+    clean_partial(out_dir)
+    if not (out_dir / RUN_FILE).is_file():
+        return  # what else is here is not of a run
+    for name in ("final", "tensorboard", "wandb"):
+        if (out_dir / name).is_dir():
+            shutil.rmtree(out_dir / name)
+    for name in (METRICS_FILE, "metrics.csv", RUN_FILE):
+        (out_dir / name).unlink(missing_ok=True)
 
 
 def _find_numbered(

@@ -14,6 +14,8 @@ from gristmill.train.settle import Job
 from gristmill.train.step import micro_step, update
 from gristmill.util.errors import UserError
 
+COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
+
 
 def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job:
     """The job with a micro-batch that fits the device, after compiling and allocating everything.
@@ -26,7 +28,14 @@ def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job
         try:
             _step(job, model, optimizer)
             return job
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, COMPILER_ERRORS):
+                uncompile_blocks(model)
+                reason = str(error).strip().splitlines()[0]
+                run.console.note(f"torch.compile failed, training goes on without it: {reason}")
+                continue
+            if not _is_out_of_memory(error):
+                raise
             half = job.micro_batch_size // 2
             model.zero_grad(set_to_none=True)
             if job.cfg.train.micro_batch_size != "auto" or half == 0:
@@ -36,10 +45,12 @@ def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job
                     {"--train.micro_batch_size": max(1, half)},
                 ) from None
             job = dataclasses.replace(job, micro_batch_size=half)
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-            uncompile_blocks(model)
-            reason = str(error).strip().splitlines()[0]
-            run.console.note(f"torch.compile failed, training goes on without it: {reason}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch has no class of its own for a CPU that has no more memory.
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

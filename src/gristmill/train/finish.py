@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from gristmill import __version__
-from gristmill.checkpoint.store import read_record
+from gristmill.checkpoint.store import step_path
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_yaml
 from gristmill.formats.hf import write as write_model_dir
 from gristmill.models import zoo
 from gristmill.train.run import Run
-from gristmill.train.settle import Job
 from gristmill.util.errors import Interrupted, RunError, UserError
 
 FINAL = "final"
@@ -24,18 +23,17 @@ TRAINING_FILE = "training.json"
 """What `final/` was trained to: lets a longer run tell that it is not its own end."""
 
 
-def is_finished(job: Job) -> bool:
+def is_finished(run: Run) -> bool:
     """Whether the run's last step and its `final/` are both there; said to the user if so."""
-    if job.start_from is None:
+    if run.start_from is None or not run.own_start or not run.complete():
         return False
-    step = read_record(job.start_from)["step"]
-    ended = _final_step(job.out_dir) == step or not is_exportable(job.model)
-    if step < job.length.total_steps or not ended:
+    exportable = is_exportable(run.job.model)
+    if exportable and _final_step(run.job.out_dir) != run.state.step:
         return False
     print(
-        f"{job.out_dir} is finished: {step:,} steps, {step * job.length.step_tokens:,} tokens. "
-        f"The model is in {job.out_dir / FINAL}. A larger --train.max_tokens goes on from here; "
-        "--overwrite true starts again."
+        f"{run.job.out_dir} is finished: {run.state.step:,} steps, {run.state.tokens:,} tokens. "
+        f"The model is in {run.job.out_dir / FINAL if exportable else run.start_from}. "
+        f"A larger --train.{_limit(run)} goes on from here; --overwrite true starts again."
     )
     return True
 
@@ -57,16 +55,22 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     if run.last_saved_step != run.state.step:
         run.save(model, optimizer)
     run.checkpointer.wait()
-    if run.stop_signal is not None:
+    if run.stop_signal is not None and not run.complete():
         saved = "not saved" if run.checkpointer.failed else "saved"
         raise Interrupted(
             run.stop_signal,
             f"{signal.Signals(run.stop_signal).name}: stopped at step {run.state.step:,}, {saved}. "
             "Run the same command again to go on.",
         )
+    if run.state.step < run.job.length.total_steps:
+        run.console.note(
+            f"--train.max_time is over at step {run.state.step:,}; a larger one goes on"
+        )
     if is_exportable(run.job.model):
         _write_final(run, model)
-    run.console.finished(run.job.out_dir / FINAL)
+        run.console.finished(run.job.out_dir / FINAL)
+    else:
+        run.console.finished(step_path(run.job.out_dir, run.state.step))
     if run.checkpointer.failed:
         raise RunError(
             f"a checkpoint of {run.job.out_dir} could not be written (see above). "
@@ -88,6 +92,16 @@ def _write_final(run: Run, model: nn.Module) -> None:
             ),
         },
     )
+
+
+def _limit(run: Run) -> str:
+    """The setting that ended the run."""
+    train = run.job.cfg.train
+    if run.state.step < run.job.length.total_steps:
+        return "max_time"
+    if train.max_steps is not None:
+        return "max_steps"
+    return "epochs" if train.epochs is not None else "max_tokens"
 
 
 def _final_step(out_dir: Path) -> int | None:

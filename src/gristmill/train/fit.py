@@ -35,24 +35,25 @@ from gristmill.util.paths import resolve_model_dir
 
 def pretrain(cfg: Pretrain) -> None:
     """Train a model as `cfg` says, or go on with the run that is in its directory."""
-    job = settle(cfg)
-    if not is_finished(job):
-        fit(job)
+    fit(settle(cfg))
 
 
 def fit(job: Job) -> None:
     """Make every step of the job that is left, and write the finished model directory."""
     with Run(job) as run:
+        if is_finished(run):
+            return
         model = run.model = build(job)
         optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
-        if job.start_from is not None:
-            load_checkpoint(job.start_from, model, optimizer, verified=True)
+        if run.start_from is not None:
+            load_checkpoint(run.start_from, model, optimizer, verified=True)
         how = parallelize(model, job.device, compile=job.cfg.compile)
         run.announce(how)
         job = run.job = dry_run(run, model, optimizer)
+        run.begin()
         guard, speed = Guard(job.cfg.train.max_bad_steps), Throughput(job)
         if run.state.step == 0 and job.val and job.cfg.eval.initial_validation:
-            run.log(validate(model, job, whole=False))
+            run.log(validate(model, job, whole=False, stopping=run.stopping))
         while not run.done():
             started = time.perf_counter()
             reseed(job.cfg.seed, run.state.step)
@@ -62,15 +63,14 @@ def fit(job: Job) -> None:
             data_wait_s = time.perf_counter() - started
             stats = train_step(model, optimizer, batch, job)
             step_time_s = time.perf_counter() - started
-            run.advance(step_time_s)
+            run.advance()
             guard.check(stats, run)
             row = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": lr}
             row |= speed.row(run.state, step_time_s, data_wait_s)
             if run.validation_due():
-                row |= validate(model, job, whole=run.done())
+                row |= validate(model, job, whole=run.complete(), stopping=run.stopping)
             run.log(row)
-            if run.hook is not None:
-                run.hook(run, stats)
+            run.call_hook(stats)
             if run.save_due():
                 run.save(model, optimizer)
         finish(run, model, optimizer)

@@ -56,8 +56,15 @@ def plan_length(
         warmup_steps=_warmup(train, total, earlier),
         save_interval=_positive("--train.save_interval", train.save_interval, interval),
         eval_interval=_positive("--eval.interval", evaluation.interval, interval),
-        max_time_s=None if train.max_time is None else seconds(train.max_time),
+        max_time_s=None if train.max_time is None else _max_time_s(train.max_time),
     )
+
+
+def _max_time_s(text: str) -> float:
+    limit = seconds(text)
+    if limit <= 0:
+        raise UserError(f"--train.max_time {text} trains nothing. Give a longer time, such as 30m.")
+    return limit
 
 
 def seconds(text: str) -> float:
@@ -73,9 +80,10 @@ def _wanted_tokens(train: TrainArgs, seq_len: int, num_samples: int) -> int:
     for option, value in (("max_tokens", train.max_tokens), ("epochs", train.epochs)):
         if value != "auto" and value is not None and value <= 0:
             raise UserError(f"--train.{option} {value} trains nothing. Give a value above 0.")
-    if train.max_tokens != "auto":
-        return train.max_tokens
-    return int(num_samples * seq_len * (train.epochs or 1.0))
+    epochs = int(num_samples * seq_len * (train.epochs or 1.0))
+    if train.max_tokens == "auto":
+        return epochs
+    return train.max_tokens if train.epochs is None else min(train.max_tokens, epochs)
 
 
 def _global_batch(train: TrainArgs, seq_len: int, wanted: int, earlier: Length | None) -> int:
@@ -104,10 +112,6 @@ def _total_steps(train: TrainArgs, seq_len: int, num_samples: int, batch: int, w
     if train.max_tokens == "auto":
         # A data set or fraction of an epoch smaller than a batch still makes one step.
         by_tokens = max(1, by_tokens)
-    if train.max_steps is not None:
-        steps = _positive("--train.max_steps", train.max_steps, 1)
-        unlimited = train.max_tokens == "auto" and train.epochs is None
-        return steps if unlimited else min(steps, max(1, by_tokens))
     if by_tokens == 0:
         fits = max(1, wanted // seq_len)
         raise UserError(
@@ -118,7 +122,11 @@ def _total_steps(train: TrainArgs, seq_len: int, num_samples: int, batch: int, w
             if wanted >= seq_len
             else {"--train.max_tokens": step_tokens},
         )
-    return by_tokens
+    if train.max_steps is None:
+        return by_tokens
+    steps = _positive("--train.max_steps", train.max_steps, 1)
+    unlimited = train.max_tokens == "auto" and train.epochs is None
+    return steps if unlimited else min(steps, by_tokens)
 
 
 def _warmup(train: TrainArgs, total: int, earlier: Length | None) -> int:

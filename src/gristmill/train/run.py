@@ -6,9 +6,12 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -20,11 +23,12 @@ from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, discard_after, read_record
 from gristmill.models.counts import num_parameters
 from gristmill.models.device import describe
-from gristmill.track.console import Console, count
-from gristmill.track.tracker import open_trackers
+from gristmill.track.console import Console, count, duration
+from gristmill.track.tracker import Trackers, open_trackers
 from gristmill.train import directory
 from gristmill.train.settle import Job
-from gristmill.util.errors import UserError
+from gristmill.train.step import StepStats
+from gristmill.util.errors import RunError, UserError
 
 SAVE_SECONDS = 600.0
 """A checkpoint is due after this much time, whatever the step interval."""
@@ -55,28 +59,74 @@ class Run:
         self.job = job
         self.state = State()
         self.stop_signal: int | None = None
-        self._last_save_s = time.monotonic()
+        self._last_save_s = self._last_step_s = time.monotonic()
         self._handlers: dict[int, Any] = {}
         self.last_saved_step: int | None = None
+        self.start_from: Path | None = None
+        self.own_start = False
+        self.trackers: Trackers | None = None
 
     def __enter__(self) -> Self:
-        """Take the directory, find the progress to go on from, open trackers, catch signals."""
+        """Take the directory, find the progress to go on from, catch signals.
+
+        What the directory holds stays as it is until `begin`.
+        """
         job, out_dir = self.job, self.job.out_dir
-        out_dir.mkdir(parents=True, exist_ok=True)
-        self.hook = load_hook(job.cfg.hook)
-        self._lock = directory.lock(out_dir)
+        self._hook = load_hook(job.cfg.hook)
+        with ExitStack() as undo:
+            self._lock = undo.enter_context(directory.lock(out_dir))
+            self._find_progress()
+            self._prepare()
+            undo.pop_all()
+        return self
+
+    def _find_progress(self) -> None:
+        """Where the run goes on from; under the lock, so that nobody moves it."""
+        job, out_dir = self.job, self.job.out_dir
+        if job.going_on:
+            clean_partial(out_dir)
+        self.start_from = directory.start_point(job.cfg, out_dir, going_on=job.going_on)
+        if self.start_from is None:
+            return
+        record = read_record(self.start_from)
+        self.state = State(**{f.name: record[f.name] for f in fields(State)})
+        self.own_start = self.start_from.parent.resolve() == out_dir.resolve()
+        if self.own_start:
+            self.last_saved_step = self.state.step
+        else:
+            self._check_fork(record)
+
+    def _check_fork(self, record: dict[str, Any]) -> None:
+        job = self.job
+        if record["stream"] != job.train.fingerprint():
+            raise UserError(
+                f"{self.start_from} was trained on other samples than these settings give. Take "
+                "only its weights.",
+                {"--resume": None, "--initial_checkpoint_dir": self.start_from},
+            )
+        if self.state.step >= job.length.total_steps:
+            raise UserError(
+                f"{self.start_from} is at step {self.state.step:,} and this run would have "
+                f"{job.length.total_steps:,} steps: nothing is left to train. Set a larger limit, "
+                "such as --train.max_steps.",
+                {"--train.max_steps": 2 * self.state.step},
+            )
+
+    def begin(self) -> None:
+        """Write for the first time: every check is passed and a dry run has worked."""
+        job, out_dir = self.job, self.job.out_dir
         if job.cfg.overwrite:
             directory.clear(out_dir)
-        clean_partial(out_dir)
+        elif self.start_from is not None and self.own_start:
+            # Later ones are damaged, or they would have been chosen.
+            discard_after(out_dir, self.state.step)
         directory.write(out_dir, job.cfg, job.identity, job.length, job.micro_batch_size)
-        if job.start_from is not None:
-            record = read_record(job.start_from)
-            self.state = State(**{f.name: record[f.name] for f in fields(State)})
-            own = job.start_from.parent.resolve() == out_dir.resolve()
-            self.last_saved_step = self.state.step if own else None
-            if own:
-                # Later ones are damaged, or they would have been chosen.
-                discard_after(out_dir, self.state.step)
+        self.trackers = open_trackers(
+            [job.cfg.logger_name], out_dir, job.cfg.log, start_step=self.state.step
+        )
+
+    def _prepare(self) -> None:
+        job, out_dir = self.job, self.job.out_dir
         self.checkpointer = Checkpointer(
             out_dir,
             keep_last=job.cfg.train.keep_last,
@@ -84,20 +134,18 @@ class Run:
             config=job.model,
             tokenizer_dir=job.tokenizer_dir,
         )
-        self.trackers = open_trackers(
-            [job.cfg.logger_name], out_dir, job.cfg.log, start_step=self.state.step
-        )
         self.console = Console(total_steps=job.length.total_steps, start_step=self.state.step)
         self._deterministic = torch.are_deterministic_algorithms_enabled()
         if job.cfg.deterministic:
             # What cuBLAS needs for it; read when it first runs.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python delivers signals to the main thread only
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             # Whoever started this process with a signal ignored (nohup) wants it ignored.
             if signal.getsignal(number) != signal.SIG_IGN:
                 self._handlers[number] = signal.signal(number, self._on_signal)
-        return self
 
     def __exit__(
         self,
@@ -110,7 +158,8 @@ class Run:
             signal.signal(number, handler)
         torch.use_deterministic_algorithms(self._deterministic)
         self.console.close()
-        self.trackers.close()
+        if self.trackers is not None:
+            self.trackers.close()
         self.checkpointer.wait()
         self._lock.close()
 
@@ -123,7 +172,9 @@ class Run:
         epochs = length.total_steps * length.global_batch_size / job.train.num_samples
         steps = f"{length.total_steps:,}, {length.warmup_steps:,} of them warm-up"
         if self.state.step:
-            steps += f"; going on after step {self.state.step:,} from {job.start_from}"
+            steps += f"; going on after step {self.state.step:,} from {self.start_from}"
+        if length.max_time_s is not None:
+            steps += f"; at most {duration(length.max_time_s)}"
         data = f"{job.train.num_samples:,} samples, {epochs:.2f} epochs; validation: "
         data += f"{job.val.num_samples:,} samples" if job.val else "none"
         self.console.start(
@@ -141,23 +192,44 @@ class Run:
 
     def done(self) -> bool:
         """Whether there is no step more to make: enough of them, out of time, or told to stop."""
+        return self.complete() or self.stop_signal is not None
+
+    def complete(self) -> bool:
+        """Whether the run has come to its end by steps or by time."""
         limit = self.job.length.max_time_s
         out_of_time = limit is not None and self.state.train_time_s >= limit
-        enough = self.state.step >= self.job.length.total_steps
-        return enough or out_of_time or self.stop_signal is not None
+        return out_of_time or self.state.step >= self.job.length.total_steps
 
-    def advance(self, step_time_s: float) -> None:
-        """Count the step just made."""
+    def stopping(self) -> bool:
+        """Whether a signal has asked to leave."""
+        return self.stop_signal is not None
+
+    def advance(self) -> None:
+        """Count the step just made, and the time since the one before it, validation included."""
+        now = time.monotonic()
         self.state.step += 1
         self.state.samples += self.job.length.global_batch_size
         self.state.tokens += self.job.length.step_tokens
-        self.state.train_time_s += step_time_s
+        self.state.train_time_s += now - self._last_step_s
+        self._last_step_s = now
+
+    def call_hook(self, stats: StepStats) -> None:
+        """Call the user's function, if there is one. Raises RunError for what goes wrong in it."""
+        if self._hook is None:
+            return
+        try:
+            self._hook(self, stats)
+        except Exception as error:
+            raise RunError(
+                f"--hook {self.job.cfg.hook} failed at step {self.state.step:,} "
+                f"({type(error).__name__}: {error}). Correct it and run the same command again."
+            ) from error
 
     def validation_due(self) -> bool:
         """Whether to validate after this step: at intervals, and after the last one."""
         if self.job.val is None or self.stop_signal is not None:
             return False
-        if self.done():
+        if self.complete():
             return self.job.cfg.eval.final_validation
         return self.state.step % self.job.length.eval_interval == 0
 
@@ -171,6 +243,7 @@ class Run:
         if self.state.step % self.job.cfg.train.log_interval and "val_loss" not in row:
             return
         row = {"tokens": self.state.tokens, "samples": self.state.samples, **row}
+        assert self.trackers is not None, "begin() comes before the first row"
         self.trackers.log(row, self.state.step)
         self.console.log(row, self.state.step)
 
@@ -197,7 +270,7 @@ class Run:
             raise KeyboardInterrupt
         self.stop_signal = number
         self.console.note(
-            f"{signal.Signals(number).name}: saving after this step (Ctrl-C again leaves at once)"
+            f"{signal.Signals(number).name}: saving after this step (Ctrl-C then leaves at once)"
         )
 
 
@@ -209,8 +282,8 @@ def load_hook(target: str | None) -> Callable[..., None] | None:
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        hook = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+        hook = getattr(importlib.import_module(module), name or "hook")
+    except Exception as error:
         raise UserError(
             f"--hook {target} cannot be loaded ({error}). Give module:name of a function that "
             "takes (run, stats)."

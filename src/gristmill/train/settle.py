@@ -25,10 +25,12 @@ from gristmill.data.modules import open_datasets
 from gristmill.data.stream import TokenStream
 from gristmill.formats.model_dir import read_config
 from gristmill.models import counts, zoo
+from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
 from gristmill.train.length import Length, plan_length
+from gristmill.train.ranges import check_ranges
 from gristmill.util.errors import RunError, UserError
 from gristmill.util.paths import resolve_model_dir
 
@@ -54,14 +56,16 @@ class Job:
     min_lr: float
     out_dir: Path
     identity: dict[str, Any]
-    start_from: Path | None
-    """Checkpoint to go on from; None: initial weights."""
+    going_on: bool
+    """Whether `out_dir` holds this very run."""
 
 
 def settle(cfg: Pretrain) -> Job:
     """The job that these settings mean. Raises UserError for settings that cannot work."""
     _refuse_what_is_not_there(cfg)
+    check_ranges(cfg)
     model = _model(cfg)
+    check_config(model)
     device = choose_device(cfg.device)
     precision = resolve_precision(cfg.precision, device)
     lr, min_lr = _learning_rates(cfg)
@@ -102,7 +106,7 @@ def settle(cfg: Pretrain) -> Job:
         min_lr=min_lr,
         out_dir=out_dir,
         identity=wanted,
-        start_from=directory.start_point(cfg, out_dir, record),
+        going_on=record is not None,
     )
     _check_disk(job)
     return job
@@ -278,7 +282,7 @@ def _micro_batch(
         return min(typed, length.global_batch_size)
     if record is not None:
         return record.micro_batch_size
-    budget = 0.8 * _memory_bytes()
+    budget = 0.8 * _memory_bytes(choose_device(cfg.device))
     micro = max(1, MAX_MICRO_TOKENS // length.seq_len)
     micro = 2 ** (min(micro, length.global_batch_size).bit_length() - 1)
     while (
@@ -288,9 +292,9 @@ def _micro_batch(
     return micro
 
 
-def _memory_bytes() -> float:
-    if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory)
+def _memory_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,8 +14,12 @@ from gristmill.train.step import autocast
 
 
 @torch.no_grad()
-def validate(model: nn.Module, job: Job, *, whole: bool) -> dict[str, float]:
+def validate(
+    model: nn.Module, job: Job, *, whole: bool, stopping: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
     """Mean loss in nats per token over the validation set, or over its first batches.
+
+    Nothing when `stopping` turns true on the way: who asked to leave does not wait for it.
 
     `val_bits_per_byte` is added where the text's bytes per token are known; it compares models
     with different tokenizers.
@@ -26,6 +31,9 @@ def validate(model: nn.Module, job: Job, *, whole: bool) -> dict[str, float]:
     model.eval()
     total, num_targets = 0.0, 0
     for start in range(0, samples, job.micro_batch_size):
+        if stopping():
+            model.train()
+            return {}
         rows = min(job.micro_batch_size, samples - start)
         batch = TokenBatch.of(job.val.batch(start, rows), job.device)
         for inputs, targets in batch.micro_batches(job.micro_batch_size):

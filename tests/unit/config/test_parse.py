@@ -124,7 +124,18 @@ def test_litgpt_class_paths_are_understood(tmp_path):
     assert (cfg.data, cfg.optimizer) == (TextFiles(train_data_path="x"), AdamW(lr=0.25))
 
 
-@pytest.mark.parametrize("setting", [{"hook": "os:system"}, {"data": {"class_path": "evil.Data"}}])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"hook": "os:system"},
+        {"data": {"class_path": "evil.Data"}},
+        {"data": {"class_path": "evil.TextFiles"}},
+        {"data": "evil:Data"},
+        {"data.class_path": "evil.Data"},
+        {"train": {"class_path": "evil.Data"}},
+        {"train": "train.yaml"},
+    ],
+)
 def test_code_named_by_a_url_is_refused(setting, monkeypatch):
     monkeypatch.setattr("gristmill.config.parse.load_recipe", lambda source: dict(setting))
     with pytest.raises(UserError, match="names code to run"):
@@ -157,6 +168,22 @@ def test_mistakes_are_named(words, expected):
         words = ["x", *words]
     with pytest.raises(UserError, match=expected):
         pretrain(*words)
+
+
+def test_a_url_may_name_our_classes(monkeypatch):
+    data = {"class_path": "litgpt.data.TextFiles", "init_args": {"train_data_path": "x"}}
+    monkeypatch.setattr(
+        "gristmill.config.parse.load_recipe",
+        lambda source: {"data": data, "optimizer": "AdamW", "train": {"max_steps": 3}},
+    )
+    cfg = pretrain("--config", "https://example.org/run.yaml")
+    assert (cfg.data, cfg.train.max_steps) == (TextFiles(train_data_path="x"), 3)
+
+
+@pytest.mark.parametrize("option", ["--out_dir", "--data.train_data_path", "--resume"])
+def test_a_name_that_is_empty_is_refused(option):
+    with pytest.raises(UserError, match=f"{option} is empty"):
+        pretrain("x", "--data", "TextFiles", option, "")
 
 
 def test_bad_yaml_names_the_line(tmp_path):

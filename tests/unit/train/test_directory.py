@@ -27,6 +27,7 @@ def identity(cfg, data="d1"):
 def start(path, cfg):
     path.mkdir(parents=True, exist_ok=True)
     directory.write(path, cfg, identity(cfg), LENGTH, 4)
+    (path / "metrics.jsonl").write_text('{"step": 1}\n')
 
 
 def find(cfg, name="m-novels", **kwargs):
@@ -107,8 +108,8 @@ def test_a_file_in_place_of_the_directory(tmp_path):
 
 def test_resume_true_needs_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="has no checkpoint"):
-        directory.start_point(settings(resume=True), tmp_path, None)
-    assert directory.start_point(settings(), tmp_path, None) is None
+        directory.start_point(settings(resume=True), tmp_path, going_on=False)
+    assert directory.start_point(settings(), tmp_path, going_on=False) is None
 
 
 def test_resume_from_something_that_is_no_checkpoint(tmp_path):
@@ -116,17 +117,35 @@ def test_resume_from_something_that_is_no_checkpoint(tmp_path):
     for path in (tmp_path / "step-00000010", tmp_path / "missing", tmp_path):
         cfg = settings(resume=str(path), out_dir=str(tmp_path / "new"))
         with pytest.raises(UserError, match="Give a"):
-            directory.start_point(cfg, tmp_path / "new", None)
+            directory.start_point(cfg, tmp_path / "new", going_on=False)
 
 
 def test_clear_deletes_the_run_and_nothing_else(tmp_path):
     start(tmp_path, settings())
-    for name in ("step-00000001", "final", "mine"):
+    for name in ("step-00000001", "final", "mine", "logs", "step-notes"):
         (tmp_path / name).mkdir()
-    (tmp_path / "metrics.jsonl").write_text("{}")
     (tmp_path / "notes.txt").write_text("keep")
     directory.clear(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["logs", "mine", "notes.txt", "step-notes"]
+
+
+def test_clear_takes_nothing_where_no_run_was(tmp_path):
+    (tmp_path / "final").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    directory.clear(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_that_never_stepped_does_not_claim_its_directory(tmp_path):
+    directory.write(tmp_path, settings(), identity(settings()), LENGTH, 4)
+    assert find(settings(out_dir=str(tmp_path), seed=7)) == (tmp_path, None)
+
+
+def test_overwriting_the_run_that_is_resumed_from_is_refused(tmp_path):
+    start(tmp_path, settings())
+    cfg = settings(overwrite=True, resume=str(tmp_path / "step-00000001"))
+    with pytest.raises(UserError, match="would delete the run"):
+        find(cfg)
 
 
 def _hold(path, ready, leave):

@@ -66,6 +66,17 @@ def test_the_shortest_limit_wins():
     assert plan(max_steps=5, max_tokens=10**9).total_steps == 5
     assert plan(max_steps=10**6, max_tokens=512 * 80, global_batch_size=8).total_steps == 10
     assert plan(num_samples=80, global_batch_size=8, epochs=2.5).total_steps == 25
+    assert plan(num_samples=80, global_batch_size=8, epochs=3, max_tokens=4096).total_steps == 1
+
+
+def test_fewer_tokens_than_a_batch_are_refused_with_a_step_limit_too():
+    with pytest.raises(UserError, match="below one global batch"):
+        plan(max_tokens=10, max_steps=3)
+
+
+def test_a_time_limit_of_nothing_is_refused():
+    with pytest.raises(UserError, match="max_time 0s trains nothing"):
+        plan(max_time="0s")
 
 
 def test_steps_alone_may_pass_the_epoch():
