@@ -19,12 +19,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("world")
     small.write_novels(root / "novels")
     small.train_tokenizer(root / "novels", root / "tokenizer")
-    assert small.main(pretrain(root, root / "run")) == 0
+    assert small.main(small.pretrain(root, root / "run")) == 0
     return root
-
-
-def pretrain(root: Path, out: Path, *more: str) -> list[str]:
-    return small.pretrain_words(root / "novels", root / "tokenizer", out, *more)
 
 
 @pytest.fixture

@@ -42,8 +42,9 @@ def train_tokenizer(text: Path, out: Path) -> Path:
     return out
 
 
-def pretrain_words(text: Path, tokenizer: Path, out: Path, *more: str) -> list[str]:
+def pretrain(root: Path, out: Path, *more: str) -> list[str]:
     """The pretrain command of the small world: 20 steps, saved every 4, validated every 5."""
+    text, tokenizer = root / "novels", root / "tokenizer"
     model = [f"--model_config.{name}={value}" for name, value in MODEL.items()]
     return [
         "pretrain",

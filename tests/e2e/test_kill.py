@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small import final_weights, main, metrics
-
-from conftest import pretrain
+from small import final_weights, main, metrics, pretrain
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,8 @@ import signal
 
 import pytest
 import torch
-from small import final_weights, main, metrics
+from small import final_weights, main, metrics, pretrain
 
-from conftest import pretrain
 from gristmill.checkpoint.store import complete
 from gristmill.formats.model_dir import load_model
 
