@@ -18,10 +18,10 @@ GOLDEN_TOKENS = 80
 def run_dir(tmp_path_factory) -> Path:
     """A finished run of the small world."""
     folder = tmp_path_factory.mktemp("world")
-    text = small.write_novels(folder / "text")
-    tokenizer = small.train_tokenizer(text, folder / "tokenizer")
+    text = small.write_novels(folder / "novels")
+    small.train_tokenizer(text, folder / "tokenizer")
     longer = ("--train.max_steps", "60", "--train.save_interval", "20", "--optimizer.lr", "0.01")
-    assert main(small.pretrain_words(text, tokenizer, folder / "run", *longer)) == 0
+    assert main(small.pretrain(folder, folder / "run", *longer)) == 0
     return folder / "run"
 
 
