@@ -269,6 +269,30 @@ def test_trackers_write_beside_the_metrics(world, tmp_path):
     assert list((tmp_path / "run").rglob("*.csv"))
 
 
+def test_model_and_optimizer_of_ones_own(world, tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text(
+        "import torch\n"
+        "from gristmill.config.model import ModelConfig\n"
+        "from gristmill.config.sections import Optimizer\n"
+        "TINY = ModelConfig(name='mine', vocab_size=320, num_layers=1, hidden_size=16,\n"
+        "                   num_heads=2, intermediate_size=32, max_seq_length=64)\n"
+        "class Sgd(Optimizer):\n"
+        "    def __init__(self, lr: float = 0.1, momentum: float = 0.9):\n"
+        "        self.lr, self.momentum = lr, momentum\n"
+        "    def build(self, model):\n"
+        "        return torch.optim.SGD(model.parameters(), self.lr, self.momentum)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    own = [w for w in pretrain(world, tmp_path / "run") if not w.startswith("--model_config")]
+    words = [own[0], "my_parts:TINY", *own[1:], "--optimizer", "my_parts:Sgd"]
+    words += ["--optimizer.lr", "0.5"]
+    assert main(words) == 0
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(21))
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"] - 0.1
+    assert '"hidden_size": 16' in (tmp_path / "run/final/config.json").read_text()
+
+
 def test_python_takes_plain_values(world, tmp_path):
     import gristmill
 

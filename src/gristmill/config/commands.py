@@ -18,7 +18,7 @@ class Pretrain:
     """Train a model on text, from scratch or from a checkpoint; interrupted runs continue."""
 
     model_name: str | None = None
-    """Architecture (`gristmill pretrain list`); the first word after the command."""
+    """Architecture (`gristmill pretrain list`), or module:name of a ModelConfig of your own."""
     model_config: ModelConfig | None = None
     """A custom architecture instead of a named one."""
     data: DataModule | None = None

@@ -81,7 +81,10 @@ class LogArgs:
 
 
 class Optimizer:
-    """Base of the optimizer settings."""
+    """Base of the optimizer settings; one of your own is named as `--optimizer module:Class`.
+
+    A class of your own has `lr` and a method `build(self, model)` that returns a torch optimizer.
+    """
 
 
 @dataclass(kw_only=True)

@@ -19,13 +19,19 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a run; each group has `peak_lr`, from which the schedule sets `lr`.
 
-    Raises UserError for settings of an optimizer that is not built in.
+    A settings class of the user's own makes its optimizer in `build(model)`. Raises UserError for
+    settings that are neither.
     """
+    if hasattr(cfg, "build"):
+        built: torch.optim.Optimizer = cfg.build(model)
+        for group in built.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+        return built
     if not isinstance(cfg, sections.AdamW):
         kind = type(cfg)
         raise UserError(
             f"the optimizer {kind.__module__}:{kind.__qualname__} is not known. "
-            "Known: AdamW. Set --optimizer AdamW."
+            "Known: AdamW. Set --optimizer AdamW, or give your class a method build(model)."
         )
     return torch.optim.AdamW(
         parameter_groups(model, lr=cfg.lr, weight_decay=cfg.weight_decay),

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,6 +23,7 @@ from gristmill.models.device import describe
 from gristmill.track.console import Console, count, duration
 from gristmill.track.tracker import Trackers, open_trackers
 from gristmill.train import directory
+from gristmill.train.named import load_named
 from gristmill.train.settle import Job
 from gristmill.train.step import StepStats
 from gristmill.util.errors import RunError, UserError
@@ -72,7 +70,7 @@ class Run:
         What the directory holds stays as it is until `begin`.
         """
         job, out_dir = self.job, self.job.out_dir
-        self._hook = load_hook(job.cfg.hook)
+        self._hook = load_named("--hook", job.cfg.hook) if job.cfg.hook else None
         with ExitStack() as undo:
             self._lock = undo.enter_context(directory.lock(out_dir))
             self._find_progress()
@@ -272,22 +270,3 @@ class Run:
         self.console.note(
             f"{signal.Signals(number).name}: saving after this step (Ctrl-C then leaves at once)"
         )
-
-
-def load_hook(target: str | None) -> Callable[..., None] | None:
-    """The user's function named `module:name`, found from the working directory too."""
-    if target is None:
-        return None
-    module, _, name = target.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        hook = getattr(importlib.import_module(module), name or "hook")
-    except Exception as error:
-        raise UserError(
-            f"--hook {target} cannot be loaded ({error}). Give module:name of a function that "
-            "takes (run, stats)."
-        ) from None
-    if not callable(hook):
-        raise UserError(f"--hook {target} is not a function. Give module:name of one.")
-    return hook  # type: ignore[no-any-return]

@@ -30,6 +30,7 @@ from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
 from gristmill.train.length import Length, plan_length
+from gristmill.train.named import load_named
 from gristmill.train.ranges import check_ranges
 from gristmill.util.errors import RunError, UserError
 from gristmill.util.paths import resolve_model_dir
@@ -148,6 +149,10 @@ def _model(cfg: Pretrain) -> ModelConfig:
     """The architecture: custom, named, or that of the weights to start from."""
     if cfg.model_config is not None:
         model = cfg.model_config
+    elif cfg.model_name is not None and ":" in cfg.model_name:
+        model = load_named("--model_name", cfg.model_name)
+        if not isinstance(model, ModelConfig):
+            raise UserError(f"--model_name {cfg.model_name} is not a ModelConfig. Name one.")
     elif cfg.model_name is not None:
         model = zoo.get(cfg.model_name)
     elif cfg.initial_checkpoint_dir is not None:
@@ -160,7 +165,7 @@ def _model(cfg: Pretrain) -> ModelConfig:
 
 
 def _learning_rates(cfg: Pretrain) -> tuple[float, float]:
-    lr = float(cfg.optimizer.lr)  # type: ignore[attr-defined]
+    lr = float(getattr(cfg.optimizer, "lr", 0.0))
     if not lr > 0:
         raise UserError(f"--optimizer.lr {lr} trains nothing. Use a value such as 0.001.")
     if cfg.train.min_lr == "auto":
