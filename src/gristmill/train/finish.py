@@ -11,12 +11,10 @@ from torch import nn
 
 from gristmill import __version__
 from gristmill.checkpoint.store import step_path
-from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_yaml
 from gristmill.formats.hf import write as write_model_dir
-from gristmill.models import zoo
 from gristmill.train.run import Run
-from gristmill.util.errors import Interrupted, RunError, UserError
+from gristmill.util.errors import Interrupted, RunError
 
 FINAL = "final"
 TRAINING_FILE = "training.json"
@@ -27,7 +25,7 @@ def is_finished(run: Run) -> bool:
     """Whether the run's last step and its `final/` are both there; said to the user if so."""
     if run.start_from is None or not run.own_start or not run.complete():
         return False
-    exportable = is_exportable(run.job.model)
+    exportable = run.job.exportable
     if exportable and _final_step(run.job.out_dir) != run.state.step:
         return False
     print(
@@ -35,15 +33,6 @@ def is_finished(run: Run) -> bool:
         f"The model is in {run.job.out_dir / FINAL if exportable else run.start_from}. "
         f"A larger --train.{_limit(run)} goes on from here; --overwrite true starts again."
     )
-    return True
-
-
-def is_exportable(model: ModelConfig) -> bool:
-    """Whether a Hugging Face architecture describes the model, so that `final/` can be written."""
-    try:
-        zoo.family(model.family).to_hf_config(model)
-    except UserError:
-        return False
     return True
 
 
@@ -66,7 +55,7 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         run.console.note(
             f"--train.max_time is over at step {run.state.step:,}; a larger one goes on"
         )
-    if is_exportable(run.job.model):
+    if run.job.exportable:
         _write_final(run, model)
         run.console.finished(run.job.out_dir / FINAL)
     else:

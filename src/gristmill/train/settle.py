@@ -59,6 +59,8 @@ class Job:
     identity: dict[str, Any]
     going_on: bool
     """Whether `out_dir` holds this very run."""
+    exportable: bool
+    """Whether `final/` can be written as a Hugging Face directory."""
 
 
 def settle(cfg: Pretrain) -> Job:
@@ -78,7 +80,7 @@ def settle(cfg: Pretrain) -> Job:
     val_set = Dataset.open(datasets.val) if datasets.val else None
     tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
     model = _with_vocabulary(model, train_set, tokenizer_dir)
-    _check_exportable(cfg, model)
+    exportable = _exportable(cfg, model)
     wanted = directory.identity(cfg, to_dict(model), train_set.dataset_id, precision)
     name = f"{model.name.lower()}-{_data_name(cfg.data, datasets.train)}"
     out_dir, record = directory.find(cfg, wanted, name)
@@ -108,6 +110,7 @@ def settle(cfg: Pretrain) -> Job:
         out_dir=out_dir,
         identity=wanted,
         going_on=record is not None,
+        exportable=exportable,
     )
     _check_disk(job)
     return job
@@ -226,8 +229,8 @@ def _with_vocabulary(
     )
 
 
-def _check_exportable(cfg: Pretrain, model: ModelConfig) -> None:
-    """Refuse a model that no Hugging Face architecture describes, before it is trained."""
+def _exportable(cfg: Pretrain, model: ModelConfig) -> bool:
+    """Whether a Hugging Face architecture describes the model; refused before training if not."""
     try:
         zoo.family(model.family).to_hf_config(model)
     except UserError as error:
@@ -237,6 +240,8 @@ def _check_exportable(cfg: Pretrain, model: ModelConfig) -> None:
                 "model, or accept that with --allow_unexportable true.",
                 {"--allow_unexportable": "true"},
             ) from None
+        return False
+    return True
 
 
 def _data_name(data: DataModule, train: Path) -> str:
