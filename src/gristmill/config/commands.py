@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gristmill.config.data import DataModule
 from gristmill.config.model import ModelConfig
@@ -61,37 +61,74 @@ class Pretrain:
 
 
 @dataclass(kw_only=True)
+class RayCluster:
+    """Which Ray cluster runs the units, and how many at once."""
+
+    address: str = "auto"
+    """`auto`: the cluster this machine is part of; `local`: one of its own; or HOST:PORT."""
+    num_cpus: float = 1.0
+    """CPUs that one unit takes."""
+    max_in_flight: int | Auto = "auto"
+    """Units given to the cluster at a time; auto: two for each of its CPUs."""
+
+
+@dataclass(kw_only=True)
 class Prepare:
     """Turn raw text into a dataset; interrupted work continues, finished work is left alone."""
 
     layout: str | None = None
-    """What the input looks like: textfiles or jsonl (`gristmill prepare list`)."""
+    """What the input looks like: a layout's name (`gristmill prepare list`), or `status`."""
     input_dir: str | None = None
-    """Folder or file of raw text."""
+    """Folder, file or URL of raw text. `source_path` is accepted too."""
     output_dir: str | None = None
-    """Directory of the dataset; with a validation split, of its train and val datasets."""
+    """Directory or URL of the dataset; with a split, of its train and val datasets.
+    `destination_path` is accepted too."""
     tokenizer_dir: str | None = None
     """Directory (or file) of the tokenizer. `tokenizer_path` is accepted too."""
     pattern: str | None = None
-    """Which files are taken, as a glob; unset: the layout's."""
-    text_field: str = "text"
-    """Name of the field that holds the text, for layouts with records."""
+    """Which files are taken, as a glob; unset: the layout's. `match` is accepted too."""
+    split: str | None = None
+    """Folder of the input that is taken, for corpora that come in splits (train, validation)."""
+    text_field: str | None = None
+    """Field that holds the text, nested ones as a.b; unset: the layout's."""
     separator: str | None = None
     """Text that parts a file into documents (textfiles); unset: a file is one document."""
+    filter: dict[str, Any] | None = None
+    """Which records are kept, by field: {"meta.lang": "en"}, {"set": {"not_in": ["x"]}};
+    operators: in, not_in, min, max. Adds to the layout's own."""
+    map: str | None = None
+    """Function `module:name` of your own: list of texts to list of texts, None to leave out."""
+    sample: bool = False
+    """The input is the sample of the corpus that its makers publish (redpajama)."""
+    fast_dev_run: bool = False
+    """Prepare a small slice only, to try the command."""
     val_fraction: float = 0.0
     """Share of the text that goes to OUT/val, chosen by content; 0: no split."""
+    val_pattern: str | None = None
+    """Files that go to OUT/val, as a glob, instead of a share."""
     bos: Literal["auto", "none"] | int = "auto"
     """Id put before each document: auto (the layout's custom), none, or an id."""
     eos: Literal["auto", "none"] | int = "auto"
     """Id put after each document: auto (the layout's custom), none, or an id."""
     chunk_tokens: int | Auto = "auto"
-    """Tokens per chunk file; auto: 2^24, less for small inputs."""
+    """Tokens per chunk file; auto: 2^24, less for small inputs. `chunk_size` is accepted too."""
     engine: Literal["auto", "tokenizers", "fastokens"] = "auto"
     """Tokenizing engine; auto: the fastest that passes the parity check."""
+    on_error: Literal["fail", "skip", "quarantine"] = "skip"
+    """Bad documents: end the job, or leave them out and list them in rejects.jsonl;
+    quarantine leaves out damaged files too."""
     max_reject_fraction: float = 0.001
-    """Share of unreadable documents above which preparation fails."""
+    """Share of bad documents (quarantine: of text in bad files too) above which the job fails."""
+    executor: Literal["local", "ray", "array"] = "local"
+    """Who runs the units: processes of this machine, a Ray cluster, or rank of world machines."""
+    rank: int | Auto = "auto"
+    """Number of this process in an array; auto: from SLURM or Kubernetes."""
+    world: int | Auto = "auto"
+    """Processes in the array; auto: from SLURM or Kubernetes."""
+    ray: RayCluster = field(default_factory=RayCluster)
+    """Settings of the Ray executor."""
     num_workers: int | Auto = "auto"
-    """Processes; auto: one per core. The bytes written are the same for any number."""
+    """Processes of this machine; auto: one per core. The bytes are the same for any number."""
     seed: int = 42
     """Seed of the shuffle of documents inside a unit and of the validation split."""
     overwrite: bool = False

@@ -113,7 +113,7 @@ def _job(cfg: Prepare) -> Job:
     recipe = recipe_for(
         layout,
         tokenizer,
-        text_field=cfg.text_field,
+        text_field=cfg.text_field or "text",
         separator=cfg.separator,
         bos=cfg.bos,
         eos=cfg.eos,
