@@ -7,7 +7,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,11 @@ class Command:
     listing: str | None = None
 
 
+# `+` appends to a list: as many words as there are go into one option.
+_MOST_WORDS = 10_000
+MANY_PATHS = ("data_path+",) * _MOST_WORDS
+MANY_INPUTS = ("input_dir+",) * _MOST_WORDS
+
 COMMANDS = {
     "quickstart": Command(
         "gristmill.config.commands:Quickstart",
@@ -41,9 +46,39 @@ COMMANDS = {
     "prepare": Command(
         "gristmill.config.commands:Prepare",
         "gristmill.data.prepare:prepare",
-        "raw text to a dataset, resumable",
-        ("layout",),
+        "raw text to a dataset, resumable; `prepare status OUT` shows how far it is",
+        ("layout", "output_dir"),
         "gristmill.data.layouts:names",
+    ),
+    "data stats": Command(
+        "gristmill.config.data_commands:DataStats",
+        "gristmill.data.look.stats:run",
+        "what datasets hold: tokens, documents and their lengths, epochs of a run",
+        MANY_PATHS,
+    ),
+    "data inspect": Command(
+        "gristmill.config.data_commands:DataInspect",
+        "gristmill.data.look.inspect:run",
+        "a document, a sample or the batch of a training step, as text",
+        ("data_path",),
+    ),
+    "data verify": Command(
+        "gristmill.config.data_commands:DataVerify",
+        "gristmill.data.verify:run",
+        "check every chunk against its digest and the manifest",
+        MANY_PATHS,
+    ),
+    "data estimate": Command(
+        "gristmill.config.data_commands:DataEstimate",
+        "gristmill.data.look.estimate:run",
+        "tokens, size and time of a preparation, from a small sample",
+        ("layout", "input_dir"),
+    ),
+    "data import": Command(
+        "gristmill.config.data_commands:DataImport",
+        "gristmill.data.adopt:run",
+        "adopt datasets that litdata or lit-llama wrote, where they are",
+        MANY_INPUTS,
     ),
     "pretrain": Command(
         "gristmill.config.commands:Pretrain",
@@ -131,6 +166,11 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in ("-V", "--version", "version"):
         print(f"gristmill {__version__}")
         return 0
+    if len(words) == 1 or words[1] in ("-h", "--help", "help", "list"):
+        group = {name: c for name, c in COMMANDS.items() if name.startswith(words[0] + " ")}
+        if group and words[0] not in COMMANDS:
+            print(_table(group))
+            return 0
     name, rest = _command_name(words)
     command = COMMANDS[name]
     if command.listing and (not rest or rest == ["list"]):
@@ -156,9 +196,10 @@ def _command_name(words: list[str]) -> tuple[str, list[str]]:
             return name, words[length:]
     group = [name for name in COMMANDS if name.startswith(words[0] + " ")]
     if group:
-        raise UserError(
-            f"`gristmill {words[0]}` needs a word more. Try: gristmill {group[0]} --help"
-        )
+        given = " ".join(words[:2])
+        near = difflib.get_close_matches(given, group, n=1, cutoff=0.7)
+        hint = f"Did you mean {near[0]}?" if near else f"Choose {', '.join(group)}."
+        raise UserError(f"unknown command {given!r}. {hint}")
     near = difflib.get_close_matches(words[0], COMMANDS, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`gristmill --help` lists them."
     raise UserError(f"unknown command {words[0]!r}. {hint}")
@@ -170,17 +211,20 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    rows = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"gristmill {__version__}: raw text to a language model, one command per stage.",
             "",
-            *rows,
+            _table(COMMANDS),
             "",
             "`gristmill COMMAND --help` lists a command's options; --debug shows tracebacks.",
         ]
     )
+
+
+def _table(commands: Mapping[str, Command]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in commands.items())
 
 
 def _print_error(message: str) -> None:
