@@ -7,9 +7,10 @@ index: where documents end is never guessed from the tokens.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,10 @@ MAX_CHUNK_TOKENS = 2**29
 """Offsets are u32: with four bytes a token and the header, a chunk stays below 4 GiB."""
 
 # litdata's numbers for element types, by the name NumPy has for them.
-_WRITTEN_FORMATS = {"uint16": "no_header_numpy:5", "uint32": "no_header_numpy:6"}
+_WRITTEN_FORMATS = {
+    **{t: f"no_header_numpy:{n}" for n, t in {1: "int16", 2: "int32", 3: "int64"}.items()},
+    **{t: f"no_header_numpy:{n}" for n, t in {4: "uint8", 5: "uint16", 6: "uint32"}.items()},
+}
 _READ_FORMATS = {
     **{f"no_header_numpy:{n}": t for n, t in {1: "int16", 2: "int32", 3: "int64"}.items()},
     **{f"no_header_numpy:{n}": t for n, t in {4: "uint8", 5: "uint16", 6: "uint32"}.items()},
@@ -89,15 +93,14 @@ def dtype_for(num_token_ids: int) -> str:
 
 
 def write_chunk(
-    path: Path, parts: Sequence[Tokens], lengths: Int64s, dtype: str, *, continues: bool = False
+    path: Path, parts: Iterable[Tokens], lengths: Int64s, dtype: str, *, continues: bool = False
 ) -> ChunkRecord:
     """Write a chunk of the documents in `parts`, joined, whose `lengths` are in tokens.
 
     The file is on the disk when this returns, under the name given: renaming it is the caller's.
     """
     element = np.dtype(dtype).newbyteorder("<")
-    tokens = sum(len(part) for part in parts)
-    assert tokens == int(lengths.sum())
+    tokens = int(lengths.sum())
     assert 0 < tokens <= MAX_CHUNK_TOKENS
     assert int(lengths.min()) > 0, "litdata cannot read documents without tokens"
     first = 4 * (len(lengths) + 2)
@@ -106,11 +109,12 @@ def write_chunk(
     header[2:] = first + element.itemsize * np.cumsum(lengths)
     digest = xxhash.xxh3_128()
     with path.open("wb") as file:
-        for array in (header, *parts):
+        for array in itertools.chain([header], parts):
             kind = header.dtype if array is header else element
             data = np.ascontiguousarray(array, dtype=kind).view(np.uint8).data
             digest.update(data)
             file.write(data)
+        assert file.tell() == first + tokens * element.itemsize
         file.flush()
         os.fsync(file.fileno())
     return ChunkRecord(
@@ -150,13 +154,14 @@ def map_chunk(path: Path, record: ChunkRecord, dtype: str) -> MappedChunk:
 
 
 def index_json(
-    chunks: Sequence[ChunkRecord], dtype: str, chunk_tokens: int, dataset_id: str
+    chunks: Iterable[ChunkRecord], dtype: str, chunk_tokens: int, dataset_id: str
 ) -> str:
-    """The text of litdata's `index.json` for these chunks."""
-    listed = [
-        {"chunk_bytes": c.bytes, "chunk_size": c.documents, "dim": c.tokens, "filename": c.name}
+    """The text of litdata's `index.json` for these chunks, a chunk a line."""
+    listed = ",\n".join(
+        f'{{"chunk_bytes": {c.bytes}, "chunk_size": {c.documents}, "dim": {c.tokens}, '
+        f'"filename": {json.dumps(c.name)}}}'
         for c in chunks
-    ]
+    )
     config = {
         "chunk_bytes": None,
         "chunk_size": chunk_tokens,
@@ -168,8 +173,8 @@ def index_json(
     }
     # litdata keeps its cache under this value: the same dataset anywhere has the same one.
     updated_at = str(int(dataset_id[:12], 16))
-    index = {"chunks": listed, "config": config, "updated_at": updated_at}
-    return json.dumps(index, indent=1, sort_keys=True) + "\n"
+    rest = f'"config": {json.dumps(config)},\n"updated_at": "{updated_at}"'
+    return f'{{"chunks": [\n{listed}\n],\n{rest}}}\n'
 
 
 def adopt(folder: Path) -> tuple[list[ChunkRecord], str]:

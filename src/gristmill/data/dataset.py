@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gristmill.data import manifest
-from gristmill.data.chunks import ChunkRecord, MappedChunk, adopt, map_chunk
+from gristmill.data.chunk_table import ChunkTable
+from gristmill.data.chunks import MappedChunk, adopt, map_chunk
 from gristmill.data.manifest import Manifest, Totals
 from gristmill.data.workspace import NAME as UNFINISHED
 from gristmill.util.errors import UserError
@@ -18,8 +19,8 @@ from gristmill.util.errors import UserError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Mappings are cheap but the system limits their number.
-_MAX_MAPPED = 1024
+# A mapping keeps a file descriptor, and many systems allow 1024 of them.
+_MAX_MAPPED = 256
 # Files of a dataset with more chunks are looked at when they are read, not when it is opened.
 _MAX_CHECKED = 4096
 _SCANNED_BYTES = 1 << 30
@@ -31,12 +32,12 @@ class Dataset:
     `chunks` lists the chunk files in their order; `map(i)` gives the tokens of one.
     """
 
-    def __init__(self, path: Path, contents: Manifest) -> None:
+    def __init__(self, path: Path, contents: Manifest, chunks: ChunkTable) -> None:
         self.path = path
         self.manifest = contents
         self.dataset_id = contents.dataset_id
         self.dtype = contents.dtype
-        self.chunks: tuple[ChunkRecord, ...] = contents.chunks
+        self.chunks = chunks
         self.num_tokens = contents.totals.tokens
         self.num_documents = contents.totals.documents
         self.text_bytes = contents.totals.text_bytes
@@ -52,9 +53,11 @@ class Dataset:
         """
         folder = Path(path).expanduser()
         if (folder / manifest.NAME).is_file():
-            dataset = cls(folder, manifest.read(folder))
+            contents = manifest.read(folder)
+            table = ChunkTable.read(folder, contents.chunk_table, contents.totals.chunks)
+            dataset = cls(folder, contents, table)
         elif (folder / "index.json").is_file() and not (folder / UNFINISHED).exists():
-            dataset = cls(folder, _adopted(folder))
+            dataset = cls(folder, *adopted(folder))
         else:
             raise UserError(_why_not(folder))
         if dataset.num_tokens == 0:
@@ -84,7 +87,7 @@ class Dataset:
     @cached_property
     def chunk_tokens(self) -> NDArray[np.int64]:
         """Tokens of each chunk, int64[chunks]."""
-        return np.array([chunk.tokens for chunk in self.chunks], dtype=np.int64)
+        return self.chunks.tokens
 
     def map(self, chunk: int) -> MappedChunk:
         """A chunk's tokens, in the dataset's element type, and where its documents end."""
@@ -103,7 +106,7 @@ class Dataset:
             map_chunk(path, record, self.dtype)  # says what is wrong
 
     def _largest_id(self) -> int:
-        share = max(1, -(-sum(chunk.bytes for chunk in self.chunks) // _SCANNED_BYTES))
+        share = max(1, -(-int(self.chunks.sizes.sum()) // _SCANNED_BYTES))
         largest = 0
         for number in range(len(self.chunks)):
             tokens = self.map(number).tokens
@@ -118,22 +121,26 @@ class Dataset:
         return largest
 
 
-def _adopted(folder: Path) -> Manifest:
+def adopted(folder: Path) -> tuple[Manifest, ChunkTable]:
+    """What a litdata token dataset holds, from one look at each chunk."""
     chunks, dtype = adopt(folder)
-    return Manifest(
-        dataset_id=manifest.dataset_id(chunks, dtype),
+    table = ChunkTable.of(chunks)
+    contents = Manifest(
+        dataset_id=table.dataset_id(dtype),
         dtype=dtype,
         num_token_ids=None,
         totals=Totals(
-            tokens=sum(chunk.tokens for chunk in chunks),
-            documents=sum(chunk.documents for chunk in chunks),
-            chunks=len(chunks),
+            tokens=int(table.tokens.sum()),
+            documents=int(table.documents.sum()),
+            chunks=len(table),
             text_bytes=None,
         ),
+        chunk_table=table.digest,
+        whole_digests=False,
         tokenizer=None,
         source=None,
-        chunks=tuple(chunks),
     )
+    return contents, table
 
 
 def _why_not(folder: Path) -> str:

@@ -1,41 +1,38 @@
 """Committed units to datasets: join small parts, then index, and the manifest last.
 
-Large parts are renamed into place. Small ones, such as the few validation documents of each unit,
-are joined in the order of the units, so that samples are not lost at the ends of many tiny chunks.
-Every step can be repeated: a killed finalize is finished by the next.
+    records ──gather──▶ columns ──budget──▶ place and join ──▶ chunks.npy, index.json, manifest.json
+
+Large parts go to their places as they are. Small ones, such as the few validation documents of each
+unit, are joined in the order of the units, so that samples are not lost at the ends of many tiny
+chunks. Every step can be repeated: a killed finalize is finished by the next.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from gristmill.data import manifest
+from gristmill.data import card, chunk_table, manifest
+from gristmill.data.chunk_table import ChunkTable, TableBuilder
 from gristmill.data.chunks import ChunkRecord, index_json, map_chunk, write_chunk
 from gristmill.data.manifest import Manifest, Source, TokenizerRecord, Totals
 from gristmill.data.plan import Plan
-from gristmill.data.units import REJECTS, SplitRecord, UnitRecord
-from gristmill.data.workspace import Workspace, write_atomic
+from gristmill.data.units import REJECTS, SplitRecord, UnitRecord, chunk_name, joins
+from gristmill.data.workspace import NAME as WORKSPACE
+from gristmill.data.workspace import Workspace
 from gristmill.tokenizer.engines import EngineChoice
 from gristmill.util.errors import RunError, UserError
 
-
-@dataclass
-class _Chunk:
-    """A chunk of the finished dataset and the parts that it is made of, in order."""
-
-    name: str
-    tokens: int = 0
-    parts: list[tuple[Path, ChunkRecord]] = field(default_factory=list)
-    joins: bool = False
+# Small parts on an object store are fetched this many at a time.
+_FETCHES = 16
 
 
 def finalize(
@@ -46,43 +43,109 @@ def finalize(
     Raises UserError when too many documents could not be read, or a split has none; everything
     done is kept, and the same command with another limit goes on from there.
     """
-    records = [space.record(unit) for unit in range(len(plan.units))]
-    _gather_rejects(plan, space)
-    _check_rejects(records, space, max_reject_fraction)
-    _check_splits(plan, records)
+    listed = space.scratch() / REJECTS
+    job = _Job(tuple(_Parts() for _ in plan.recipe.splits))
+    with listed.open("wb") as file:
+        for record in space.records(len(plan.units)):
+            job.add(record, plan.recipe.chunk_tokens)
+            if record.rejects or record.quarantined:
+                file.write(space.rejects(record.unit))
+    try:
+        _check_rejects(job, listed, space, max_reject_fraction)
+        _check_splits(plan, job)
+    except UserError:
+        space.out.put(listed, f"{WORKSPACE}/{REJECTS}")
+        raise
     # With the dataset, so that nobody takes it for records of a corpus.
-    first = space.out / plan.recipe.splits[0]
-    first.mkdir(exist_ok=True)
-    os.replace(space.folder / REJECTS, first / REJECTS)
+    first = plan.recipe.splits[0]
+    space.out.put(listed, f"{first}/{REJECTS}" if first else REJECTS)
     made = {}
     # Training last: it is the dataset that people look for.
     for number in reversed(range(len(plan.recipe.splits))):
         name = plan.recipe.splits[number]
-        made[name] = _finish_split(plan, engine, space, records, number)
+        made[name] = _finish_split(plan, engine, space, job, number)
     return made
 
 
+class _Parts:
+    """The parts of one split over all units, as columns."""
+
+    def __init__(self) -> None:
+        self.documents = 0
+        self.text_bytes = 0
+        self.units = array("q")
+        self.indices = array("q")
+        self.joins = array("b")
+        self._builder = TableBuilder()
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def add(self, unit: int, split: SplitRecord, chunk_tokens: int) -> None:
+        self.documents += split.documents
+        self.text_bytes += split.text_bytes
+        self.units.extend([unit] * len(split.parts))
+        self.indices.extend(range(len(split.parts)))
+        self.joins.extend(joins(split.parts, chunk_tokens))
+        for part in split.parts:
+            self._builder.add(part)
+
+    def table(self) -> ChunkTable:
+        return self._builder.table()
+
+
+@dataclass
+class _Job:
+    """What all units hold together."""
+
+    splits: tuple[_Parts, ...]
+    rejects: Counter[str] = field(default_factory=Counter)
+    empty_documents: int = 0
+    filtered: int = 0
+    quarantined: list[tuple[str, str]] = field(default_factory=list)
+    quarantined_bytes: int = 0
+
+    def add(self, record: UnitRecord, chunk_tokens: int) -> None:
+        self.rejects.update(record.rejects)
+        self.empty_documents += record.empty_documents
+        self.filtered += record.filtered
+        for left_out in record.quarantined:
+            self.quarantined.append((left_out.path, left_out.reason))
+            self.quarantined_bytes += left_out.text_bytes
+        for parts, split in zip(self.splits, record.splits, strict=True):
+            parts.add(record.unit, split, chunk_tokens)
+
+    @property
+    def documents(self) -> int:
+        return sum(parts.documents for parts in self.splits)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(parts.text_bytes for parts in self.splits)
+
+
 def _finish_split(
-    plan: Plan,
-    engine: EngineChoice,
-    space: Workspace,
-    records: Sequence[UnitRecord],
-    number: int,
+    plan: Plan, engine: EngineChoice, space: Workspace, job: _Job, number: int
 ) -> Manifest:
     recipe, name = plan.recipe, plan.recipe.splits[number]
-    folder = space.out / name
-    folder.mkdir(exist_ok=True)
-    if (folder / manifest.NAME).is_file():
-        return manifest.read(folder)  # an earlier finalize got this far
-    layout = _laid_out(space, records, number, recipe.chunk_tokens)
-    chunks = tuple(_place(chunk, folder, recipe.dtype) for chunk in layout)
-    splits = [record.splits[number] for record in records]
-    identity = manifest.dataset_id(chunks, recipe.dtype)
+    place = space.out.below(name) if name else space.out
+    if place.exists(manifest.NAME):
+        return manifest.read(place)  # an earlier finalize got this far
+    parts = job.splits[number]
+    table = ChunkTable.of(_placed(plan, space, parts, name))
+    identity = table.dataset_id(recipe.dtype)
     finished = Manifest(
         dataset_id=identity,
         dtype=recipe.dtype,
         num_token_ids=recipe.num_token_ids,
-        totals=_totals(splits, chunks),
+        totals=Totals(
+            tokens=int(table.tokens.sum()),
+            documents=parts.documents,
+            chunks=len(table),
+            text_bytes=parts.text_bytes,
+        ),
+        chunk_table=table.digest,
+        whole_digests=True,
         tokenizer=TokenizerRecord(
             digest=recipe.tokenizer,
             bos_id=recipe.bos_id,
@@ -90,18 +153,20 @@ def _finish_split(
             engine=f"{engine.name} {engine.version}",
             parity=engine.parity,
         ),
-        source=_source(plan, name, records),
-        chunks=chunks,
+        source=_source(plan, name, job),
     )
-    shutil.copytree(space.tokenizer_dir, folder / "tokenizer", dirs_exist_ok=True)
-    write_atomic(
-        folder / "index.json", index_json(chunks, recipe.dtype, recipe.chunk_tokens, identity)
-    )
-    write_atomic(folder / manifest.NAME, manifest.to_json(finished))
+    for path in sorted(space.tokenizer_dir.iterdir()):
+        place.write(f"tokenizer/{path.name}", path.read_bytes())
+    index = index_json(table, recipe.dtype, recipe.chunk_tokens, identity)
+    place.write(chunk_table.NAME, table.to_bytes())
+    place.write("index.json", index.encode())
+    place.write(card.NAME, card.text(finished).encode("utf-8", "replace"))
+    # The last: it is what makes the dataset one.
+    place.write(manifest.NAME, manifest.to_json(finished).encode())
     return finished
 
 
-def _source(plan: Plan, name: str, records: Sequence[UnitRecord]) -> Source:
+def _source(plan: Plan, name: str, job: _Job) -> Source:
     recipe = plan.recipe
     return Source(
         plan=plan.hash,
@@ -111,99 +176,110 @@ def _source(plan: Plan, name: str, records: Sequence[UnitRecord]) -> Source:
         val_fraction=recipe.val_fraction,
         split=name,
         inputs=tuple((item.path, item.size) for item in plan.inputs),
-        rejects=_num_rejects(records),
-        empty_documents=sum(record.empty_documents for record in records),
+        rejects=dict(sorted(job.rejects.items())),
+        empty_documents=job.empty_documents,
+        filtered=job.filtered,
+        filters=recipe.filters,
+        map=recipe.map,
+        quarantined=tuple(job.quarantined),
     )
 
 
-def _totals(splits: Sequence[SplitRecord], chunks: Sequence[ChunkRecord]) -> Totals:
-    return Totals(
-        tokens=sum(chunk.tokens for chunk in chunks),
-        documents=sum(split.documents for split in splits),
-        chunks=len(chunks),
-        text_bytes=sum(split.text_bytes for split in splits),
+def _placed(plan: Plan, space: Workspace, parts: _Parts, split: str) -> Iterator[ChunkRecord]:
+    """Put every chunk of a split where it belongs; their records in order."""
+    table = parts.table()
+    members = _joints(parts, table.tokens.tolist(), plan.recipe.chunk_tokens)
+    follows = {part for joint in members.values() for part in joint[1:]}
+    with ThreadPoolExecutor(_FETCHES) as pool:
+        for part in range(len(parts)):
+            if part in follows:
+                continue
+            unit, record = parts.units[part], table[part]
+            name = chunk_name(unit, parts.indices[part])
+            target = f"{split}/{name}" if split else name
+            if part not in members:
+                space.place(unit, record.name, target)
+                yield replace(record, name=name)
+                continue
+            joint = members[part]
+            places = list(pool.map(lambda p: space.part(parts.units[p], table[p].name), joint))
+            made = _join(places, [table[p] for p in joint], space.scratch() / name, plan)
+            space.out.put(space.scratch() / name, target)
+            if not space.out.is_local:
+                for path in places:
+                    path.unlink(missing_ok=True)
+            yield made
+
+
+def _joints(parts: _Parts, tokens: Sequence[int], chunk_tokens: int) -> dict[int, list[int]]:
+    """The small parts that make a chunk together, by the first of them."""
+    members: dict[int, list[int]] = {}
+    held, joint = 0, [-1]
+    for part, small in enumerate(parts.joins):
+        if not small:
+            continue
+        if not members or held + tokens[part] > chunk_tokens:
+            joint, held = [], 0
+            members[part] = joint
+        joint.append(part)
+        held += tokens[part]
+    return members
+
+
+def _join(
+    places: Sequence[Path], records: Sequence[ChunkRecord], target: Path, plan: Plan
+) -> ChunkRecord:
+    """One chunk of several, in their order."""
+    dtype = plan.recipe.dtype
+    pairs = list(zip(places, records, strict=True))
+    # One at a time is open: there can be thousands.
+    lengths = [np.diff(map_chunk(path, one, dtype).ends, prepend=0) for path, one in pairs]
+    tokens: Iterator[NDArray[np.uint32]] = (
+        map_chunk(path, one, dtype).tokens for path, one in pairs
     )
+    return write_chunk(target, tokens, np.concatenate(lengths), dtype)
 
 
-def _laid_out(
-    space: Workspace, records: Sequence[UnitRecord], number: int, chunk_tokens: int
-) -> list[_Chunk]:
-    """The chunks of a split, each of one large part or of several small ones."""
-    chunks: list[_Chunk] = []
-    joint: _Chunk | None = None
-    after_cut = False
-    for record in records:
-        for index, part in enumerate(record.splits[number].parts):
-            small = part.tokens < chunk_tokens // 4 and not part.continues and not after_cut
-            if not small or joint is None or joint.tokens + part.tokens > chunk_tokens:
-                chunks.append(_Chunk(f"chunk-{record.unit:07d}-{index}.bin", joins=small))
-                joint = chunks[-1] if small else joint
-            target = joint if small and joint is not None else chunks[-1]
-            target.parts.append((space.unit_dir(record.unit) / part.name, part))
-            target.tokens += part.tokens
-            after_cut = part.continues
-    return chunks
-
-
-def _place(chunk: _Chunk, folder: Path, dtype: str) -> ChunkRecord:
-    """Put a chunk into the dataset, unless a killed finalize did so before; its record."""
-    target = folder / chunk.name
-    if not chunk.joins:
-        source, part = chunk.parts[0]
-        if not target.exists():
-            os.replace(source, target)
-        return ChunkRecord(
-            chunk.name, part.tokens, part.documents, part.bytes, part.xxh3, part.continues
-        )
-    mapped = [map_chunk(source, part, dtype) for source, part in chunk.parts]
-    lengths = np.concatenate([np.diff(m.ends, prepend=0) for m in mapped])
-    scrap = chunk.parts[0][0].with_suffix(".joined")
-    record = write_chunk(scrap, [m.tokens for m in mapped], lengths, dtype)
-    os.replace(scrap, target)
-    return ChunkRecord(chunk.name, record.tokens, record.documents, record.bytes, record.xxh3)
-
-
-def _num_rejects(records: Sequence[UnitRecord]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for record in records:
-        total.update(record.rejects)
-    return dict(sorted(total.items()))
-
-
-def _gather_rejects(plan: Plan, space: Workspace) -> None:
-    with (space.folder / REJECTS).open("wb") as file:
-        for unit in range(len(plan.units)):
-            file.write((space.unit_dir(unit) / REJECTS).read_bytes())
-
-
-def _check_rejects(records: Sequence[UnitRecord], space: Workspace, limit: float) -> None:
-    reasons = _num_rejects(records)
-    rejected = sum(reasons.values())
-    seen = rejected + sum(r.documents + r.empty_documents for r in records)
-    if rejected <= limit * seen:
+def _check_rejects(job: _Job, listed: Path, space: Workspace, limit: float) -> None:
+    """Raise UserError when more is left out than the limit allows: of documents, or of text."""
+    rejected = sum(job.rejects.values())
+    seen = rejected + job.documents + job.empty_documents
+    text_bytes = job.quarantined_bytes + job.text_bytes
+    share = max(rejected / max(1, seen), job.quarantined_bytes / max(1, text_bytes))
+    if share <= limit:
         return
-    listed = ", ".join(f"{reason}: {number:,}" for reason, number in reasons.items())
-    with (space.folder / REJECTS).open(encoding="utf-8") as file:
-        first = json.loads(next(file))["path"]
-    enough = math.ceil(1000 * rejected / seen) / 1000
+    found = []
+    if rejected > limit * seen:
+        reasons = ", ".join(f"{reason}: {n:,}" for reason, n in sorted(job.rejects.items()))
+        with listed.open(encoding="utf-8") as file:
+            first = json.loads(next(file))["path"]
+        found.append(
+            f"{rejected:,} of {seen:,} documents could not be read ({reasons}; first in {first})"
+        )
+    if job.quarantined_bytes > limit * text_bytes:
+        path, reason = job.quarantined[0]
+        found.append(
+            f"{len(job.quarantined):,} damaged inputs with {job.quarantined_bytes:,} of "
+            f"{text_bytes:,} bytes of text are left out (first {path}: {reason})"
+        )
+    enough = math.ceil(1000 * share) / 1000
     raise UserError(
-        f"{rejected:,} of {seen:,} documents could not be read ({listed}; first in {first}), more "
-        f"than --max_reject_fraction {limit} allows; they are listed in {space.folder / REJECTS}. "
+        f"{', and '.join(found)}, more than --max_reject_fraction {limit} allows; they are listed "
+        f"in {space.out.at(f'{WORKSPACE}/{REJECTS}')}. "
         f"mend or move them away, or accept the loss with --max_reject_fraction {enough} "
         "(the rest is kept and not prepared again).",
         fix={"--max_reject_fraction": enough},
     )
 
 
-def _check_splits(plan: Plan, records: Sequence[UnitRecord]) -> None:
+def _check_splits(plan: Plan, job: _Job) -> None:
     for number, name in enumerate(plan.recipe.splits):
-        if any(record.splits[number].parts for record in records):
+        if len(job.splits[number]):
             continue
         if not name:
             raise RunError("no document gave any token. check the tokenizer and the input.")
-        documents = sum(record.documents for record in records)
         raise UserError(
             f"the {name} share is empty: --val_fraction {plan.recipe.val_fraction} of "
-            f"{documents:,} documents left nothing for it. give another --val_fraction.",
+            f"{job.documents:,} documents left nothing for it. give another --val_fraction.",
             fix={"--val_fraction": 0.01 if name == "val" else 0.0},
         )

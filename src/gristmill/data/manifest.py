@@ -1,25 +1,25 @@
-"""The manifest of a dataset: what it is, where it came from, and a digest of every chunk.
+"""The manifest of a dataset: what it is, where it came from, and the digest of its chunk table.
 
 `manifest.json` is written last and is what makes a dataset visible. It holds no absolute paths,
-times or names of machines: the same input gives the same bytes anywhere.
+times or names of machines: the same input gives the same bytes anywhere. The chunks are listed in
+`chunks.npy` beside it (`chunk_table.py`), so that reading a manifest costs nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gristmill.data.chunks import ChunkRecord
+from gristmill.data.storage import Storage
 from gristmill.util.errors import UserError
 
 NAME = "manifest.json"
 FORMAT = "gristmill-dataset"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,14 @@ class Source:
     """Documents of the whole job that could not be read, by reason."""
     empty_documents: int
     """Documents of the whole job without text, which are left out."""
+    filtered: int = 0
+    """Documents of the whole job that the filters left out."""
+    filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What was asked of the records' fields, as declared."""
+    map: str | None = None
+    """The user's function that chose or changed documents, as module:function."""
+    quarantined: tuple[tuple[str, str], ...] = ()
+    """Damaged inputs, or parts of them, that were left out, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,18 +87,12 @@ class Manifest:
     num_token_ids: int | None
     """Largest id of the tokenizer + 1; None where it is not known."""
     totals: Totals
+    chunk_table: str
+    """Digest of `chunks.npy`."""
+    whole_digests: bool
+    """Chunks have digests of the whole file; else, for one adopted in place, of header and ends."""
     tokenizer: TokenizerRecord | None
     source: Source | None
-    chunks: tuple[ChunkRecord, ...] = field(repr=False)
-
-
-def dataset_id(chunks: Sequence[ChunkRecord], dtype: str) -> str:
-    """The identity of a dataset with these chunks, as 64 hexadecimal digits."""
-    digest = hashlib.sha256(f"{FORMAT} {VERSION} {dtype}\n".encode())
-    for chunk in chunks:
-        line = f"{chunk.name} {chunk.tokens} {chunk.documents} {chunk.xxh3}\n"
-        digest.update(line.encode())
-    return digest.hexdigest()
 
 
 def to_json(manifest: Manifest) -> str:
@@ -99,36 +101,36 @@ def to_json(manifest: Manifest) -> str:
     return json.dumps(value, indent=1, sort_keys=True) + "\n"
 
 
-def read(folder: Path) -> Manifest:
+def read(folder: Path | Storage) -> Manifest:
     """The manifest in `folder`. Raises UserError when there is none or it cannot be read."""
-    path = folder / NAME
+    storage = folder if isinstance(folder, Storage) else Storage(folder)
+    where = storage.at(NAME)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return _typed(path, value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _typed(where, json.loads(storage.read(NAME).decode("utf-8", "surrogateescape")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path} is no manifest of a dataset ({error!r}). prepare the dataset again."
+            f"{where} is no manifest of a dataset ({error!r}). prepare the dataset again."
         ) from error
 
 
-def _typed(path: Path, value: dict[str, Any]) -> Manifest:
+def _typed(where: str, value: dict[str, Any]) -> Manifest:
     if value.pop("format") != FORMAT:
-        raise UserError(f"{path} is not a gristmill manifest. name the directory of a dataset.")
+        raise UserError(f"{where} is not a gristmill manifest. name the directory of a dataset.")
     if (version := value.pop("version")) != VERSION:
         raise UserError(
-            f"{path} has format version {version}, this gristmill reads {VERSION}. "
+            f"{where} has format version {version}, this gristmill reads {VERSION}. "
             "use the gristmill that wrote it, or prepare the dataset again."
         )
     source = value.pop("source")
     if source is not None:
-        source["inputs"] = tuple((name, size) for name, size in source["inputs"])
+        for name in ("inputs", "quarantined"):
+            source[name] = tuple((first, second) for first, second in source[name])
     tokenizer = value.pop("tokenizer")
     return Manifest(
         totals=Totals(**value.pop("totals")),
         tokenizer=None if tokenizer is None else TokenizerRecord(**tokenizer),
         source=None if source is None else Source(**source),
-        chunks=tuple(ChunkRecord(**chunk) for chunk in value.pop("chunks")),
         **value,
     )

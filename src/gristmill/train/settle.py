@@ -252,7 +252,7 @@ def _data_name(data: DataModule, train: Path) -> str:
 
 def _seq_len(cfg: Pretrain, model: ModelConfig, data: Dataset, earlier: Length | None) -> int:
     """Tokens per sample: typed and checked, or as long as model and data allow."""
-    longest = max(chunk.tokens for chunk in data.chunks) - 1
+    longest = int(data.chunk_tokens.max()) - 1
     typed = cfg.train.max_seq_length
     if typed == "auto":
         return earlier.seq_len if earlier else max(1, min(model.max_seq_length, longest))
