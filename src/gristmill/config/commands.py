@@ -136,6 +136,33 @@ class Prepare:
 
 
 @dataclass(kw_only=True)
+class Download:
+    """Fetch a model, a tokenizer or a corpus; interrupted work continues, what is there is kept."""
+
+    repo_id: str | None = None
+    """Repository on the Hugging Face hub, as ORG/NAME; the first word after the command."""
+    repo_type: Literal["model", "dataset"] = "model"
+    """Kind of repository."""
+    revision: str | None = None
+    """Branch, tag or commit; unset: the main branch."""
+    tokenizer_only: bool = False
+    """Only the tokenizer and the model's settings, no weights."""
+    pattern: list[str] | str | None = None
+    """Which files are taken, one glob or a list of them; `*` also crosses folders. Unset: of a
+    dataset all, of a model its settings, tokenizer and weights."""
+    out_dir: str | None = None
+    """Directory for the files; unset: checkpoints/ORG/NAME, for datasets data/ORG/NAME."""
+    access_token: str | None = field(default=None, repr=False)
+    """Token for repositories that ask for one; unset: HF_TOKEN or the hub's own login."""
+    urls: str | None = None
+    """A list of addresses, one a line (file or URL), fetched instead of a repository."""
+    base_url: str | None = None
+    """Beginning of the addresses that is left out of the files' names; unset: what all share."""
+    num_workers: int = 8
+    """Files fetched at once."""
+
+
+@dataclass(kw_only=True)
 class TokenizerTrain:
     """Train a byte-level BPE tokenizer on raw text; the same input gives the same tokenizer."""
 
@@ -146,11 +173,11 @@ class TokenizerTrain:
     vocab_size: int = 32000
     """Number of tokens, special tokens and 256 bytes included."""
     layout: str = "textfiles"
-    """What the input looks like: textfiles or jsonl."""
+    """What the input looks like: a layout's name (`gristmill prepare list`)."""
     pattern: str | None = None
     """Which files are taken, as a glob; unset: the layout's."""
-    text_field: str = "text"
-    """Name of the field that holds the text, for layouts with records."""
+    text_field: str | None = None
+    """Field that holds the text, nested ones as a.b; unset: the layout's."""
     bos_token: str | None = None
     """Beginning-of-sequence token; unset: none."""
     eos_token: str = "<|endoftext|>"

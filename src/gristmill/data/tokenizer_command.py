@@ -48,7 +48,8 @@ class _Text:
         path = Path(cfg.input_dir or "").expanduser()
         layout = layouts.get(cfg.layout)
         inputs = sources.list_inputs(path, cfg.pattern or layout.pattern)
-        return cls(path, Format(cfg.layout, cfg.text_field, None), inputs)
+        form = Format(cfg.layout, cfg.text_field or layout.text_field, None)
+        return cls(path, form, inputs)
 
     def __iter__(self) -> Iterator[str]:
         self.rejects = []
@@ -94,7 +95,7 @@ def _report(cfg: TokenizerTrain, text: _Text, trained: Trained, seconds: float) 
     command = ["gristmill", "prepare", cfg.layout, "--input_dir", str(cfg.input_dir)]
     if cfg.pattern:
         command += ["--pattern", cfg.pattern]
-    if cfg.text_field != "text":
+    if cfg.text_field is not None:
         command += ["--text_field", cfg.text_field]
     command += ["--tokenizer_dir", str(out_dir), "--output_dir", "DATASET"]
     lines.append(f"Next: {shlex.join(command)} --val_fraction 0.01")
