@@ -1,11 +1,13 @@
 """The working directory of a preparation: `.prepare` inside the output, gone when it is finished.
 
-    OUT/.prepare/plan.json        what is done here, and by which engine
+    OUT/.prepare/plan.json        what is done here
+    OUT/.prepare/job.json         its names, and the engine; written last: the job has begun
     OUT/.prepare/tokenizer/       the tokenizer of the job
     OUT/.prepare/tmp/             units being written
     OUT/.prepare/units/u-0000012  units that are done; a rename puts each there whole
 
 Killing any process at any moment leaves whole units, and scraps in `tmp` that nobody reads.
+On an object store, where nothing can be renamed, it is a little different: `object_workspace.py`.
 """
 
 from __future__ import annotations
@@ -18,102 +20,208 @@ import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from gristmill.data import manifest
 from gristmill.data.plan import Plan
-from gristmill.data.units import UnitRecord, read_record
+from gristmill.data.storage import Storage
+from gristmill.data.units import REJECTS, UnitRecord, read_record
 from gristmill.tokenizer.engines import EngineChoice
+from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
 NAME = ".prepare"
+JOB = ".job.json"
+"""Beside a finished dataset: which job made it, as the inputs were then."""
+_OURS = {NAME, JOB, "train", "val", "tokenizer", "index.json", "chunks.npy", "README.md"}
+_OURS |= {manifest.NAME, REJECTS}
 
 
-@dataclass(frozen=True)
-class Workspace:
-    """The places of one job in `out`."""
+class Workspace(ABC):
+    """The places of one job in `out`. Cheap to make; nothing is there before `start`."""
 
-    out: Path
+    def __init__(self, out: Storage) -> None:
+        self.out = out
+
+    @staticmethod
+    def open(out: Storage) -> Workspace:
+        """The workspace of an output, whether or not a job has begun there."""
+        if out.is_local:
+            return LocalWorkspace(out)
+        from gristmill.data.object_workspace import ObjectWorkspace
+
+        return ObjectWorkspace(out)
+
+    def start(self, plan: Plan, engine: EngineChoice, tokenizer: Tokenizer) -> None:
+        """Begin a job. Of several that begin the same one at once, the first one's engine counts."""
+        self._keep_tokenizer(tokenizer)
+        text = json.dumps(plan.to_json(), separators=(",", ":"))
+        self.out.write(f"{NAME}/plan.json", text.encode("utf-8", "surrogateescape"))
+        value = {
+            "hash": plan.hash,
+            "job": plan.job,
+            "units": len(plan.units),
+            "engine": dataclasses.asdict(dataclasses.replace(engine, note="")),
+        }
+        self.out.create(f"{NAME}/job.json", json.dumps(value).encode())
+
+    def stored(self) -> dict[str, Any] | None:
+        """Names of the job that has begun here and not finished: hash, job, units, engine."""
+        try:
+            value = json.loads(self.out.read(f"{NAME}/job.json"))
+        except FileNotFoundError:
+            return None
+        assert isinstance(value, dict)
+        return value
+
+    def engine(self) -> EngineChoice:
+        """The engine of the job that has begun here."""
+        value = self.stored()
+        assert value is not None
+        return EngineChoice(**value["engine"])
+
+    def load(self) -> tuple[Plan, EngineChoice]:
+        """The plan and the engine of the job that has begun here."""
+        text = self.out.read(f"{NAME}/plan.json").decode("utf-8", "surrogateescape")
+        return Plan.from_json(json.loads(text)), self.engine()
+
+    @property
+    @abstractmethod
+    def tokenizer_dir(self) -> Path:
+        """A local folder with the job's tokenizer."""
+
+    @abstractmethod
+    def _keep_tokenizer(self, tokenizer: Tokenizer) -> None: ...
+
+    @abstractmethod
+    def locked(self, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Wait until nobody else works here (with `shared`: nobody who wants it alone).
+
+        Two at once would write the same bytes; this only keeps them from doing the work twice.
+        """
+
+    @abstractmethod
+    def committed(self) -> set[int]:
+        """The units that are done."""
+
+    def records(self, num_units: int) -> Iterator[UnitRecord]:
+        """What units 0 to `num_units` - 1 hold, in order, a few at a time in memory."""
+        return self.records_of(range(num_units))
+
+    @abstractmethod
+    def records_of(self, units: Iterable[int]) -> Iterator[UnitRecord]:
+        """What these committed units hold, in the order asked for."""
+
+    @abstractmethod
+    def writing(self, unit: int, plan: Plan) -> contextlib.AbstractContextManager[Path]:
+        """An empty local folder for `run_unit`; the unit is committed when the block ends well."""
+
+    @abstractmethod
+    def rejects(self, unit: int) -> bytes:
+        """The rejected documents that a committed unit lists, as JSON lines."""
+
+    @abstractmethod
+    def part(self, unit: int, name: str) -> Path:
+        """A small part (`units.joins`) of a committed unit, as a local file."""
+
+    @abstractmethod
+    def place(self, unit: int, name: str, target: str) -> None:
+        """Put a large part at `target`, a name below `out`; it may be there already."""
+
+    @abstractmethod
+    def scratch(self) -> Path:
+        """A local folder for scraps, gone after `locked`."""
+
+    @abstractmethod
+    def wipe(self) -> None:
+        """Remove all that an unfinished job left in `out`. Raises UserError for other things."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove the working directory of a finished job, what says that there is one first."""
+
+
+class LocalWorkspace(Workspace):
+    """A workspace in a folder, perhaps one that several machines share."""
 
     @property
     def folder(self) -> Path:
         """The working directory."""
-        return self.out / NAME
+        return self.out.path / NAME
 
     @property
     def tokenizer_dir(self) -> Path:
         """The job's copy of the tokenizer."""
         return self.folder / "tokenizer"
 
+    def _keep_tokenizer(self, tokenizer: Tokenizer) -> None:
+        for name in ("tmp", "units"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        tokenizer.save(self.tokenizer_dir)
+
+    @contextlib.contextmanager
+    def locked(self, *, shared: bool = False) -> Iterator[None]:
+        """As in `Workspace`; alone, it also clears what killed processes left."""
+        file = self._lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        # On a file system without locks scraps are left: they may be somebody's.
+        alone = file is not None and not shared
+        try:
+            if alone:
+                shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+            yield
+        finally:
+            if alone:
+                shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+                if not (self.folder / "job.json").exists():
+                    shutil.rmtree(self.folder, ignore_errors=True)
+            if file is not None:
+                file.close()
+
+    def _lock(self, how: int) -> IO[str] | None:
+        """The locked file, to be closed; None where there are no locks."""
+        told = False
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / "lock").open("a")
+            try:
+                fcntl.flock(file, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not told:
+                    print(f"another process is preparing {self.out.root}; waiting", file=sys.stderr)
+                    told = True
+                fcntl.flock(file, how)
+            except OSError:
+                file.close()
+                return None
+            # Whoever had it may have finished and removed the directory, the file with it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                    return file
+            file.close()
+
     def unit_dir(self, unit: int) -> Path:
         """Where a unit is when it is done."""
         return self.folder / "units" / f"u-{unit:07d}"
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Wait until nobody else on this machine works here, and clear what killed processes left.
-
-        Two at once would write the same bytes; this only keeps them from doing the work twice.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process is preparing {self.out}; waiting for it", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:
-                yield  # a file system without locks: leave scraps, they may be somebody's
-                return
-            try:
-                shutil.rmtree(self.folder / "tmp", ignore_errors=True)
-                yield
-            finally:
-                shutil.rmtree(self.folder / "tmp", ignore_errors=True)
-
-    def start(self, plan: Plan, engine: EngineChoice) -> None:
-        """Make the directories; the plan is written last and says that they are there."""
-        for name in ("tmp", "units"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        value = {
-            "hash": plan.hash,
-            "plan": plan.to_json(),
-            "engine": dataclasses.asdict(dataclasses.replace(engine, note="")),
-        }
-        write_atomic(self.folder / "plan.json", json.dumps(value))
-
-    def stored(self) -> dict[str, Any] | None:
-        """What `start` wrote, as plain values; None when no job has begun here."""
-        try:
-            text = (self.folder / "plan.json").read_text(encoding="utf-8", errors="surrogateescape")
-        except FileNotFoundError:
-            return None
-        value = json.loads(text)
-        assert isinstance(value, dict)
-        return value
-
-    def load(self) -> tuple[Plan, EngineChoice]:
-        """The plan and the engine of the job that has begun here."""
-        value = self.stored()
-        assert value is not None
-        return Plan.from_json(value["plan"]), EngineChoice(**value["engine"])
-
     def committed(self) -> set[int]:
         """The units that are done."""
-        return {int(name[2:]) for name in os.listdir(self.folder / "units")}
+        try:
+            return {int(name[2:]) for name in os.listdir(self.folder / "units")}
+        except FileNotFoundError:
+            return set()
 
-    def record(self, unit: int) -> UnitRecord:
-        """What a committed unit holds."""
-        return read_record(self.unit_dir(unit))
+    def records_of(self, units: Iterable[int]) -> Iterator[UnitRecord]:
+        """What the units hold."""
+        return (read_record(self.unit_dir(unit)) for unit in units)
 
     @contextlib.contextmanager
-    def writing(self, unit: int) -> Iterator[Path]:
-        """An empty directory that becomes the unit's, whole, when the block ends well."""
+    def writing(self, unit: int, plan: Plan) -> Iterator[Path]:
+        """An empty folder that becomes the unit's, whole, by a rename."""
         folder = self.folder / "tmp" / f"u-{unit:07d}.{uuid.uuid4().hex[:12]}"
-        folder.mkdir()
+        folder.mkdir(parents=True)
         try:
             yield folder
             with contextlib.suppress(FileExistsError):
@@ -121,21 +229,45 @@ class Workspace:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
+    def rejects(self, unit: int) -> bytes:
+        """The rejected documents that a unit lists."""
+        return (self.unit_dir(unit) / REJECTS).read_bytes()
+
+    def part(self, unit: int, name: str) -> Path:
+        """A part of a unit, where it is."""
+        return self.unit_dir(unit) / name
+
+    def place(self, unit: int, name: str, target: str) -> None:
+        """Rename a part to its place, unless a killed process did so before."""
+        path = self.out.path / target
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process did it just now
+                os.replace(self.unit_dir(unit) / name, path)
+        assert path.exists()
+
+    def scratch(self) -> Path:
+        """The folder of scraps, on the output's own disk."""
+        folder = self.folder / "tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def wipe(self) -> None:
-        """Remove all that an unfinished job left in `out`; the lock stays."""
+        """Remove all that an unfinished job left in `out`, its name last; the lock stays."""
         check_replaceable(self.out)
-        for folder, keep in ((self.out, NAME), (self.folder, "lock")):
+        for folder, kept in ((self.out.path, {NAME}), (self.folder, {"lock", "job.json"})):
             for path in folder.iterdir() if folder.is_dir() else ():
-                if path.name == keep:
+                if path.name in kept:
                     continue
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
                 else:
                     path.unlink()
+        (self.folder / "job.json").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Remove the working directory of a finished job, what says that there is one first."""
-        (self.folder / "plan.json").unlink(missing_ok=True)
+        """Remove the working directory."""
+        (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -151,36 +283,29 @@ def _rename_new(source: Path, target: Path) -> None:
 
 def write_atomic(path: Path, text: str) -> None:
     """Put `text` at `path` whole: readers see the old file or the new one."""
-    scrap = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with scrap.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scrap, path)
-    finally:
-        scrap.unlink(missing_ok=True)
+    Storage(path.parent).write(path.name, text.encode("utf-8", "surrogateescape"))
 
 
-def datasets_in(out: Path) -> dict[str, manifest.Manifest]:
+def datasets_in(out: Storage) -> dict[str, manifest.Manifest]:
     """The finished datasets of a job in `out`, by split name ("" when there is no split)."""
     found = {}
     for name in ("", "train", "val"):
-        if (out / name / manifest.NAME).is_file():
-            found[name] = manifest.read(out / name)
+        place = out.below(name) if name else out
+        if place.exists(manifest.NAME):
+            found[name] = manifest.read(place.path if place.is_local else place)
     return found
 
 
-def check_replaceable(out: Path) -> None:
+def check_replaceable(out: Storage) -> None:
     """Raise UserError when `out` holds anything but what a preparation puts there."""
-    ours = {NAME, "train", "val", "tokenizer", "index.json", manifest.NAME, "rejects.jsonl"}
-    others = [
-        name
-        for name in (sorted(os.listdir(out)) if out.is_dir() else [])
-        if name not in ours and not name.startswith("chunk-")
-    ]
-    if others or out.is_file():
+    if out.is_local:
+        is_file = out.path.is_file()
+        names = set(os.listdir(out.path)) if out.path.is_dir() else set()
+    else:
+        is_file, names = out.exists(""), {e.name.split("/")[0] for e in out.list()}
+    others = sorted(n for n in names if n not in _OURS and not n.startswith("chunk-"))
+    if others or is_file:
         raise UserError(
-            f"{out} holds other things than a dataset ({', '.join(others[:4]) or 'a file'}). "
+            f"{out.root} holds other things than a dataset ({', '.join(others[:4]) or 'a file'}). "
             "name an empty or new directory with --output_dir."
         )
