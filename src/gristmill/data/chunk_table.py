@@ -119,14 +119,15 @@ class ChunkTable:
     def dataset_id(self, dtype: str) -> str:
         """The identity of a dataset with these chunks, as 64 hexadecimal digits.
 
-        It is of the contents and of how to read them: the same data is the same dataset.
+        It is of the contents and of how to read them: the same data under other file names is the
+        same dataset.
         """
         digest = hashlib.sha256(f"gristmill-dataset 2 {dtype}\n".encode())
         for start in range(0, len(self), _BLOCK):
             block = self._rows[start : start + _BLOCK].tolist()
             lines = (
-                f"{name.decode()} {tokens} {documents} {xxh3.hex()} {int(continues)}\n"
-                for name, tokens, documents, _, xxh3, continues in block
+                f"{tokens} {documents} {xxh3.hex()} {int(continues)}\n"
+                for _, tokens, documents, _, xxh3, continues in block
             )
             digest.update("".join(lines).encode())
         return digest.hexdigest()

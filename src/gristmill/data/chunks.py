@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,9 @@ _READ_FORMATS = {
     **{f"no_header_tensor:{n}": t for n, t in {11: "uint8", 14: "int16", 16: "int32"}.items()},
     **{f"no_header_tensor:{n}": t for n, t in {18: "int64", 20: "uint16"}.items()},
 }
+_SCANS = 16
+_ENDS = 4096
+_READ_BYTES = 4 << 20
 _ONE_LEAF = json.dumps([1, {"type": None, "context": None, "children_spec": []}])
 
 
@@ -177,15 +181,39 @@ def index_json(
     return f'{{"chunks": [\n{listed}\n],\n{rest}}}\n'
 
 
+@dataclass(frozen=True)
+class LitdataIndex:
+    """What litdata's `index.json` says: element type, its entry for each chunk, compression."""
+
+    dtype: str
+    chunks: list[dict[str, Any]]
+    compression: str | None
+
+
 def adopt(folder: Path) -> tuple[list[ChunkRecord], str]:
     """Chunks and element type of a litdata token dataset in `folder`, from one scan of its headers.
 
     Raises UserError when it is not one that can be read, saying what is wrong with it.
     """
+    index = read_index(folder)
+    if index.compression:
+        raise UserError(
+            f"{folder} cannot be read where it is: its chunks are compressed "
+            f"({index.compression}). unpack them: gristmill data import {folder} --copy "
+            "--output_dir OUT"
+        )
+    # Headers wait for the disk or the network, not for the processor.
+    with ThreadPoolExecutor(_SCANS) as pool:
+        found = pool.map(lambda c: scan(folder / c["filename"], c, index.dtype), index.chunks)
+        return list(found), index.dtype
+
+
+def read_index(folder: Path) -> LitdataIndex:
+    """The index of the litdata dataset in `folder`. Raises UserError when it holds no tokens."""
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         config, listed = index["config"], index["chunks"]
-        dtype = _adoptable(folder, config, listed)
+        return LitdataIndex(_adoptable(folder, config, listed), listed, config.get("compression"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -193,12 +221,12 @@ def adopt(folder: Path) -> tuple[list[ChunkRecord], str]:
             f"{folder / 'index.json'} is no index that litdata wrote ({error!r}). "
             "prepare the text again with `gristmill prepare`."
         ) from error
-    return [_scan(folder / chunk["filename"], chunk, dtype) for chunk in listed], dtype
 
 
 def _adoptable(folder: Path, config: dict[str, Any], listed: list[dict[str, Any]]) -> str:
-    if config.get("compression"):
-        problem = f"its chunks are compressed ({config['compression']}), which cannot be mapped"
+    compression = config.get("compression")
+    if compression and compression.partition(":")[0] != "zstd":
+        problem = f"its chunks are compressed with {compression}, which is not known here"
     elif config.get("encryption"):
         problem = "its chunks are encrypted"
     elif not listed:
@@ -218,21 +246,21 @@ def _adoptable(folder: Path, config: dict[str, Any], listed: list[dict[str, Any]
     )
 
 
-def _scan(path: Path, listed: dict[str, Any], dtype: str) -> ChunkRecord:
-    """The record of a litdata chunk, whose header must agree with its size and with the index."""
+def scan(path: Path, listed: dict[str, Any], dtype: str) -> ChunkRecord:
+    """The record of a litdata chunk, with the digest of header and ends only.
+
+    Raises UserError unless its header agrees with its size and with its entry in the index.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             documents = int.from_bytes(file.read(4), "little")
-            header = file.read(4 * (documents + 1))
-            start = file.read(4096)
-            file.seek(max(file.tell(), size - 4096))
-            digest = xxhash.xxh3_128(header + start + file.read()).hexdigest()
+            header = file.read(4 * (documents + 1)) if 4 * documents < size else b""
     except OSError as error:
         raise UserError(
             f"the index names {path}, which cannot be read ({error.strerror}). copy it again."
         ) from error
-    offsets = np.frombuffer(header, dtype="<u4").astype(np.int64)
+    offsets = np.frombuffer(header[: len(header) // 4 * 4], dtype="<u4").astype(np.int64)
     first, tokens = 4 * (documents + 2), listed["dim"]
     sound = (
         documents == listed["chunk_size"]
@@ -246,4 +274,22 @@ def _scan(path: Path, listed: dict[str, Any], dtype: str) -> ChunkRecord:
             f"{path} is damaged or incomplete: its header ({documents:,} documents) does not agree "
             f"with its size ({size:,} bytes) and the index ({tokens:,} tokens). copy it again."
         )
-    return ChunkRecord(listed["filename"], tokens, documents, size, digest)
+    return ChunkRecord(listed["filename"], tokens, documents, size, digest_of_ends(path))
+
+
+def digest_of_ends(path: Path) -> str:
+    """128-bit digest of a chunk's header and of the first and last 4096 bytes of its tokens."""
+    with path.open("rb") as file:
+        documents = int.from_bytes(file.read(4), "little")
+        start = file.read(4 * (documents + 1) + _ENDS)
+        file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - _ENDS))
+        return xxhash.xxh3_128(start + file.read()).hexdigest()
+
+
+def digest_of_all(path: Path) -> str:
+    """128-bit digest of a whole file."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

@@ -234,9 +234,7 @@ def _join(
     pairs = list(zip(places, records, strict=True))
     # One at a time is open: there can be thousands.
     lengths = [np.diff(map_chunk(path, one, dtype).ends, prepend=0) for path, one in pairs]
-    tokens: Iterator[NDArray[np.uint32]] = (
-        map_chunk(path, one, dtype).tokens for path, one in pairs
-    )
+    tokens = (map_chunk(path, one, dtype).tokens for path, one in pairs)
     return write_chunk(target, tokens, np.concatenate(lengths), dtype)
 
 
