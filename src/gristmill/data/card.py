@@ -69,10 +69,11 @@ def _tokenizer(manifest: Manifest) -> str:
         (False, True): f"id {made.eos_id} after each document",
         (False, False): "nothing around documents",
     }
+    frame = frames[made.bos_id is not None, made.eos_id is not None]
     rows = [
         ("digest", f"SHA-256 `{made.digest}`, files in `tokenizer/`"),
-        ("put around documents", frames[made.bos_id is not None, made.eos_id is not None]),
-        ("special tokens in the text", "ordinary text"),
+        ("put around documents", frame if manifest.source else ""),
+        ("special tokens in the text", "ordinary text" if manifest.source else ""),
         ("encoded by", made.engine),
         ("checked", made.parity),
     ]

@@ -45,8 +45,8 @@ class Dataset:
         self._mapped: OrderedDict[int, MappedChunk] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """The dataset in the directory `path`.
+    def open(cls, path: str | Path, *, check: bool = True) -> Dataset:
+        """The dataset in the directory `path`; with `check`, its files are looked for.
 
         Raises UserError when there is none, it is unfinished or empty, or litdata chunks there
         cannot be read as tokens; RunError when a chunk is missing or has another size.
@@ -57,32 +57,29 @@ class Dataset:
             table = ChunkTable.read(folder, contents.chunk_table, contents.totals.chunks)
             dataset = cls(folder, contents, table)
         elif (folder / "index.json").is_file() and not (folder / UNFINISHED).exists():
-            dataset = cls(folder, *adopted(folder))
+            dataset = cls(folder, *_adopted(folder))
         else:
             raise UserError(_why_not(folder))
         if dataset.num_tokens == 0:
             raise UserError(
                 f"{folder} holds no tokens ({len(dataset.chunks)} chunks). prepare other text."
             )
-        if len(dataset.chunks) <= _MAX_CHECKED and dataset.manifest.source is not None:
+        if check and len(dataset.chunks) <= _MAX_CHECKED:
             for number in range(len(dataset.chunks)):
                 dataset._check(number)
         return dataset
 
     @property
     def tokenizer_dir(self) -> Path | None:
-        """The tokenizer's files inside the dataset; None for an adopted one."""
+        """The tokenizer's files inside the dataset; None where there are none."""
         folder = self.path / "tokenizer"
         return folder if folder.is_dir() else None
 
     @cached_property
     def num_token_ids(self) -> int:
-        """Largest id + 1: the tokenizer's, or for an adopted dataset that of its tokens.
-
-        Of more than 1 GB of adopted tokens, an even sample is looked at.
-        """
+        """Largest id + 1: the tokenizer's, or for an adopted dataset that of its tokens."""
         known = self.manifest.num_token_ids
-        return known if known is not None else self._largest_id() + 1
+        return known if known is not None else self.largest_id() + 1
 
     @cached_property
     def chunk_tokens(self) -> NDArray[np.int64]:
@@ -105,7 +102,11 @@ class Dataset:
         if not path.is_file() or path.stat().st_size != record.bytes:
             map_chunk(path, record, self.dtype)  # says what is wrong
 
-    def _largest_id(self) -> int:
+    def largest_id(self) -> int:
+        """The largest id of all tokens; of more than 1 GB, an even sample is looked at.
+
+        Raises UserError for an id below 0.
+        """
         share = max(1, -(-int(self.chunks.sizes.sum()) // _SCANNED_BYTES))
         largest = 0
         for number in range(len(self.chunks)):
@@ -121,11 +122,9 @@ class Dataset:
         return largest
 
 
-def adopted(folder: Path) -> tuple[Manifest, ChunkTable]:
-    """What a litdata token dataset holds, from one look at each chunk."""
-    chunks, dtype = adopt(folder)
-    table = ChunkTable.of(chunks)
-    contents = Manifest(
+def described(table: ChunkTable, dtype: str, *, whole_digests: bool) -> Manifest:
+    """The manifest of chunks that another tool wrote: all that they say themselves."""
+    return Manifest(
         dataset_id=table.dataset_id(dtype),
         dtype=dtype,
         num_token_ids=None,
@@ -136,11 +135,16 @@ def adopted(folder: Path) -> tuple[Manifest, ChunkTable]:
             text_bytes=None,
         ),
         chunk_table=table.digest,
-        whole_digests=False,
+        whole_digests=whole_digests,
         tokenizer=None,
         source=None,
     )
-    return contents, table
+
+
+def _adopted(folder: Path) -> tuple[Manifest, ChunkTable]:
+    chunks, dtype = adopt(folder)
+    table = ChunkTable.of(chunks)
+    return described(table, dtype, whole_digests=False), table
 
 
 def _why_not(folder: Path) -> str:

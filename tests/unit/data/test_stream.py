@@ -1,45 +1,16 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data import manifest
-from gristmill.data.chunks import write_chunk
 from gristmill.data.dataset import Dataset
-from gristmill.data.manifest import Manifest, Totals
 from gristmill.data.stream import TokenStream
 from gristmill.util.errors import UserError
+from .datasets import make_dataset
 
 SEQ_LEN = 7
-
-
-def make_dataset(
-    folder: Path, chunk_lengths: list[list[int]], *, cut: int | None = None
-) -> Dataset:
-    """Chunks of documents with these lengths, whose tokens count up."""
-    folder.mkdir(parents=True)
-    chunks, value = [], 0
-    for number, lengths in enumerate(chunk_lengths):
-        tokens = np.arange(value, value + sum(lengths))
-        value += len(tokens)
-        path = folder / f"chunk-{number}.bin"
-        counted = np.array(lengths, dtype=np.int64)
-        chunks.append(write_chunk(path, [tokens], counted, "uint16", continues=number == cut))
-    contents = Manifest(
-        dataset_id=manifest.dataset_id(chunks, "uint16"),
-        dtype="uint16",
-        num_token_ids=value,
-        totals=Totals(tokens=value, documents=0, chunks=len(chunks), text_bytes=None),
-        tokenizer=None,
-        source=None,
-        chunks=tuple(chunks),
-    )
-    (folder / manifest.NAME).write_text(manifest.to_json(contents))
-    return Dataset.open(folder)
 
 
 @pytest.fixture(scope="module")
