@@ -47,17 +47,17 @@ class DataInspect:
     step: int | None = None
     """Step of a training, from 1: exactly the samples that it sees."""
     seq_len: int | None = None
-    """Tokens per sample, as --train.max_seq_length of the training."""
+    """Tokens per sample, as --train.max_seq_length of the training; unset: the run's."""
     global_batch_size: int | None = None
-    """Samples per step, as --train.global_batch_size of the training."""
+    """Samples per step, as --train.global_batch_size of the training; unset: the run's."""
     seed: int | None = None
     """Seed of the sample order, as --data.seed of the training; unset: the run's, or 42."""
     row: int | None = None
     """Show only this row of the batch, from 0."""
-    max_chars: int = 1200
-    """Characters shown of each sample or document; 0: all."""
+    max_chars: int | Auto = "auto"
+    """Characters shown of each document or sample, 0 for all; auto: 2000, in a batch 300."""
     ids: bool = False
-    """Show token ids too, a token a line."""
+    """Show a token a line, with its place and id, instead of running text."""
     tokenizer_dir: str | None = None
     """Directory of the tokenizer; unset: the one inside the dataset."""
 

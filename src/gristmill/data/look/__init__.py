@@ -1,0 +1,1 @@
+"""Looking at data: what a dataset holds, the text in it, and what raw text will become."""
