@@ -1,26 +1,32 @@
 """Data modules: what `--data NAME` stands for, as prepared datasets.
 
-Raw text is prepared into a cache beside it, one directory for each combination of inputs, their
-contents, options and tokenizer. A changed file is another combination, hence prepared anew; an
-unchanged one is found again, and an interrupted preparation goes on.
+Raw text is prepared into a cache beside it, one directory for each combination of inputs, options
+and tokenizer. A changed file is another combination, hence prepared anew; an unchanged one is found
+again, and an interrupted preparation goes on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gristmill.config.data import DataModule, Jsonl, LitData, RawText, TextFiles
-from gristmill.data import layouts, sources, summary
+from gristmill.data import layouts, summary
+from gristmill.data.documents import Input
+from gristmill.data.inputs import CACHE, list_inputs, root_of
+from gristmill.data.job import Job, available_cores, recipe_for
 from gristmill.data.plan import Recipe, make_plan
-from gristmill.data.prepare import Job, build, recipe_for
-from gristmill.data.workspace import datasets_in, write_atomic
+from gristmill.data.prepare import build
+from gristmill.data.storage import Storage, is_url
+from gristmill.data.workspace import Workspace, datasets_in
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_cache_dir
@@ -31,8 +37,6 @@ _SMALLEST_SPLIT_BYTES = 8192
 _OPTION = re.compile(r"--(pattern|text_field|separator|val_fraction|bos|eos|num_workers)\b")
 # A folder of files is more mixed than a corpus: more of it may be something else than text.
 _MAX_REJECT_FRACTION = 0.01
-# A file that changed within this time of its listing may change again unnoticed.
-_SETTLED_NS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,9 @@ def _in_training(error: UserError) -> UserError:
 
 def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
     tokenizer = Tokenizer.load(tokenizer_dir)
-    train = Path(data.train_data_path).expanduser()
+    train = _expanded(data.train_data_path)
     if data.val_data_path is not None:
-        val = Path(data.val_data_path).expanduser()
+        val = _expanded(data.val_data_path)
         # Training text may be a folder that the validation text lies in.
         return Datasets(
             _cached(data, tokenizer, train, 0.0, exclude=val),
@@ -128,8 +132,12 @@ def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
     return Datasets(folder, None, data.seed)
 
 
+def _expanded(path: str) -> str:
+    return path if is_url(path) else str(Path(path).expanduser())
+
+
 def _cached(
-    data: RawText, tokenizer: Tokenizer, path: Path, fraction: float, exclude: Path | None = None
+    data: RawText, tokenizer: Tokenizer, path: str, fraction: float, exclude: str | None = None
 ) -> Path:
     """The directory that holds `path` prepared."""
     inputs = _inputs(data, path, exclude)
@@ -138,46 +146,39 @@ def _cached(
         print(f"{path} has {size:,} bytes: too few to hold some out for validation")
         fraction = 0.0
     recipe = _recipe(data, tokenizer, fraction)
-    root, cache = sources.root_of(path), _cache_root(data, path)
-    state = _state(recipe, root, inputs)
-    known = cache / "known" / state
-    if known.is_file() and _is_whole(out := cache / known.read_text(), recipe):
-        print(f"using {path} as prepared before in {out}")
-        return out
-    started = time.monotonic()
-    settled = _are_settled(root, inputs)
-    plan = make_plan(recipe, root, inputs)
-    out = cache / plan.hash[:16]
+    root = root_of(path)
+    out = _cache_root(data, root) / _state(recipe, root, inputs)
     if _is_whole(out, recipe):
         print(f"using {path} as prepared before in {out}")
-    else:
-        print(f"preparing {path}: {len(inputs):,} files, {size / 1e6:,.1f} MB", file=sys.stderr)
-        job = Job(
-            recipe=recipe,
-            root=root,
-            inputs=inputs,
-            out=out,
-            tokenizer=tokenizer,
-            num_workers=data.num_workers,
-            max_reject_fraction=_MAX_REJECT_FRACTION,
-        )
-        made = build(plan, job)
-        print(summary.text(out, made, time.monotonic() - started, following=False))
-    if settled:
-        known.parent.mkdir(exist_ok=True)
-        write_atomic(known, out.name)
+        return out
+    print(f"preparing {path}: {len(inputs):,} files, {size / 1e6:,.1f} MB", file=sys.stderr)
+    started = time.monotonic()
+    job = Job(
+        recipe=recipe,
+        root=root,
+        inputs=inputs,
+        out=Storage(out),
+        tokenizer=tokenizer,
+        executor=available_cores() if isinstance(data.num_workers, str) else data.num_workers,
+        max_reject_fraction=_MAX_REJECT_FRACTION,
+    )
+    made = build(make_plan(recipe, root, inputs), job)
+    print(summary.text(job.out, made, time.monotonic() - started, following=False))
     return out
 
 
 def _is_whole(out: Path, recipe: Recipe) -> bool:
-    return set(datasets_in(out)) == set(recipe.splits)
+    return (
+        set(datasets_in(Storage(out))) == set(recipe.splits)
+        and Workspace.open(Storage(out)).stored() is None
+    )
 
 
 def _recipe(data: RawText, tokenizer: Tokenizer, fraction: float) -> Recipe:
     return recipe_for(
         layouts.get("jsonl" if isinstance(data, Jsonl) else "textfiles"),
         tokenizer,
-        text_field=data.text_field if isinstance(data, Jsonl) else "text",
+        text_field=data.text_field if isinstance(data, Jsonl) else None,
         separator=data.separator if isinstance(data, TextFiles) else None,
         bos=data.bos,
         eos=data.eos,
@@ -186,49 +187,51 @@ def _recipe(data: RawText, tokenizer: Tokenizer, fraction: float) -> Recipe:
     )
 
 
-def _inputs(data: RawText, path: Path, exclude: Path | None) -> list[sources.Input]:
+def _inputs(data: RawText, path: str, exclude: str | None) -> list[Input]:
     pattern = data.pattern if isinstance(data, TextFiles | Jsonl) else "**/*"
-    excluded = [Path(p) for p in (exclude, data.cache_dir) if p is not None]
-    inputs = sources.list_inputs(path, pattern, exclude=excluded)
-    if exclude is not None and exclude.is_file():
-        root = sources.root_of(path)
-        inputs = [i for i in inputs if (root / i.place).resolve() != exclude.resolve()]
+    excluded = [p for p in (exclude, data.cache_dir) if p is not None]
+    inputs = list_inputs(path, pattern, exclude=excluded)
+    if exclude is not None and not is_url(exclude) and Path(exclude).is_file():
+        root = root_of(path)
+        held = Path(exclude).resolve()
+        inputs = [i for i in inputs if not (root.is_local and _is(root, i, held))]
     if not inputs:
         raise UserError(f"{path} holds only the validation text. name other training text.")
     return inputs
 
 
-def _cache_root(data: RawText, path: Path) -> Path:
+def _is(root: Storage, item: Input, path: Path) -> bool:
+    return (root.path / item.place).resolve() == path
+
+
+def _cache_root(data: RawText, root: Storage) -> Path:
     """Where prepared text goes: as the user says, beside it, or into the user's cache."""
     if data.cache_dir is not None:
-        root = Path(data.cache_dir).expanduser()
-        root.mkdir(parents=True, exist_ok=True)
-        return root
-    beside = sources.root_of(path) / sources.CACHE
-    try:
-        beside.mkdir(exist_ok=True)
-        if os.access(beside, os.W_OK):
-            return beside
-    except OSError:
-        pass
-    root = user_cache_dir() / "datasets"
-    root.mkdir(parents=True, exist_ok=True)
-    return root
+        folder = Path(data.cache_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    if root.is_local:
+        beside = root.path / CACHE
+        try:
+            beside.mkdir(exist_ok=True)
+            if os.access(beside, os.W_OK):
+                return beside
+        except OSError:
+            pass
+    folder = user_cache_dir() / "datasets"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
-def _state(recipe: Recipe, root: Path, inputs: list[sources.Input]) -> str:
-    """Name for options and files as the file system shows them: what need not be read again."""
-    listed: list[object] = [vars(recipe), str(root.resolve())]
+def _state(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> str:
+    """Name for options and inputs as they are now, told without reading them.
+
+    The time of a file's last change of any kind is among it, which nobody can set back.
+    """
+    where = str(root.path.resolve()) if root.is_local else root.root
+    listed: list[object] = [dataclasses.asdict(recipe), where]
     for item in inputs:
-        status = (root / item.place).stat()
-        listed.append(
-            (item.path, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-        )
+        changed = (root.path / item.place).stat().st_ctime_ns if root.is_local else 0
+        listed.append((item.path, item.size, item.version, changed))
     text = json.dumps(listed, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _are_settled(root: Path, inputs: list[sources.Input]) -> bool:
-    """Whether every later change of a file would show in `_state`, however quick it is."""
-    newest = max((root / item.place).stat().st_ctime_ns for item in inputs)
-    return newest + _SETTLED_NS < time.time_ns()
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]

@@ -3,16 +3,15 @@
     OUT/.prepare/plan.json, job.json, tokenizer/       as in a folder
     OUT/.prepare/units/u-0000012.json                  the record of a unit, put last: it is done
     OUT/.prepare/rejects/u-0000012.jsonl               what it could not read, if anything
-    OUT/.prepare/parts/u-0000012/train-0.bin           a small part, which finalize joins with others
-    OUT/train/chunk-0000012-3.bin                      a large part, put at its final place at once
+    OUT/.prepare/parts/u-0000012/train-0.bin           a small part, to be joined with others
+    OUT/train/chunk-0000012-3.bin                      a large part, at its final place at once
 
-A unit that is run twice puts equal objects twice; the record is put on condition that there is none.
+A unit that is run twice puts equal objects twice; the record only where there is none.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections import deque
@@ -22,9 +21,8 @@ from pathlib import Path
 
 from gristmill.data.plan import Plan
 from gristmill.data.storage import Storage
-from gristmill.data.units import RECORD, REJECTS, UnitRecord, chunk_name, joins, read_record
+from gristmill.data.units import RECORD, REJECTS, UnitRecord, chunk_name, joins
 from gristmill.data.workspace import NAME, Workspace, check_replaceable
-from gristmill.tokenizer.tokenizer import Tokenizer
 
 # Small objects wait for the network, not for the processor.
 _CONNECTIONS = 16
@@ -46,12 +44,6 @@ class ObjectWorkspace(Workspace):
             for entry in self.out.list(f"{NAME}/tokenizer"):
                 self.out.fetch(entry.name, folder / Path(entry.name).name)
         return folder
-
-    def _keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        folder = self.scratch() / "tokenizer"
-        tokenizer.save(folder)
-        for path in sorted(folder.iterdir()):
-            self.out.write(f"{NAME}/tokenizer/{path.name}", path.read_bytes())
 
     @contextlib.contextmanager
     def locked(self, *, shared: bool = False) -> Iterator[None]:
@@ -80,7 +72,7 @@ class ObjectWorkspace(Workspace):
                 yield ahead.popleft().result()
 
     def _record(self, unit: int) -> UnitRecord:
-        return read_record(self.out.read(_record_name(unit)))
+        return UnitRecord.from_json(self.out.read(_record_name(unit)))
 
     @contextlib.contextmanager
     def writing(self, unit: int, plan: Plan) -> Iterator[Path]:
@@ -94,7 +86,7 @@ class ObjectWorkspace(Workspace):
 
     def _commit(self, unit: int, plan: Plan, folder: Path) -> None:
         data = (folder / RECORD).read_bytes()
-        record = read_record(data)
+        record = UnitRecord.from_json(data)
         for split, held in zip(plan.recipe.splits, record.splits, strict=True):
             small = joins(held.parts, plan.recipe.chunk_tokens)
             for index, (part, joined) in enumerate(zip(held.parts, small, strict=True)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -17,7 +18,9 @@ def swap(new: Path, out: Path) -> None:
     old = beside(out, "old")
     shutil.rmtree(old, ignore_errors=True)
     os.rename(out, old)
-    os.rename(new, out)
+    # Another process that finds it in this state finishes it: see below.
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(new, out)
     shutil.rmtree(old, ignore_errors=True)
 
 

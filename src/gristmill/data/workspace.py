@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -56,8 +57,11 @@ class Workspace(ABC):
         return ObjectWorkspace(out)
 
     def start(self, plan: Plan, engine: EngineChoice, tokenizer: Tokenizer) -> None:
-        """Begin a job. Of several that begin the same one at once, the first one's engine counts."""
-        self._keep_tokenizer(tokenizer)
+        """Begin a job. Of several that begin the same one at once the first one's engine counts."""
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(folder)
+            for path in sorted(Path(folder).iterdir()):
+                self.out.write(f"{NAME}/tokenizer/{path.name}", path.read_bytes())
         text = json.dumps(plan.to_json(), separators=(",", ":"))
         self.out.write(f"{NAME}/plan.json", text.encode("utf-8", "surrogateescape"))
         value = {
@@ -92,9 +96,6 @@ class Workspace(ABC):
     @abstractmethod
     def tokenizer_dir(self) -> Path:
         """A local folder with the job's tokenizer."""
-
-    @abstractmethod
-    def _keep_tokenizer(self, tokenizer: Tokenizer) -> None: ...
 
     @abstractmethod
     def locked(self, *, shared: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -156,11 +157,6 @@ class LocalWorkspace(Workspace):
     def tokenizer_dir(self) -> Path:
         """The job's copy of the tokenizer."""
         return self.folder / "tokenizer"
-
-    def _keep_tokenizer(self, tokenizer: Tokenizer) -> None:
-        for name in ("tmp", "units"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        tokenizer.save(self.tokenizer_dir)
 
     @contextlib.contextmanager
     def locked(self, *, shared: bool = False) -> Iterator[None]:
@@ -224,6 +220,7 @@ class LocalWorkspace(Workspace):
         folder.mkdir(parents=True)
         try:
             yield folder
+            self.unit_dir(unit).parent.mkdir(exist_ok=True)
             with contextlib.suppress(FileExistsError):
                 _rename_new(folder, self.unit_dir(unit))
         finally:

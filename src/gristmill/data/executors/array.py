@@ -35,7 +35,9 @@ def mine(units: Sequence[int], settings: Array) -> list[int]:
     return [unit for unit in units if unit % settings.world == settings.rank]
 
 
-def place(rank: int | str, world: int | str, env: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def place(
+    rank: int | str, world: int | str, env: Mapping[str, str] = os.environ
+) -> tuple[int, int]:
     """Rank and world as given, those at `auto` from SLURM or Kubernetes.
 
     Raises UserError when they are not known or do not fit.

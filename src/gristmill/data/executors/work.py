@@ -42,9 +42,7 @@ class Work:
 
         try:
             with self._space.writing(unit, self._plan) as folder:
-                run_unit(
-                    self._plan, unit, self._root, self._engine, folder, note, self._on_error
-                )
+                run_unit(self._plan, unit, self._root, self._engine, folder, note, self._on_error)
         except OSError as error:
             raise write_error(error, self._space.out) from error
         report(replace(latest, committed=True))
