@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import xxhash
 
 from gristmill.tokenizer import parity
-from gristmill.tokenizer.long_text import Encoded, encode_bounded, without_surrogates
+from gristmill.tokenizer.long_text import Cutter, Encoded, encode_bounded, without_surrogates
 from gristmill.tokenizer.parity import EncodesBatch, Verdict
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
@@ -64,7 +64,15 @@ def choose_engine(
     return EngineChoice(FASTOKENS, _version(FASTOKENS) or "?", "passed")
 
 
-def open_engine(tokenizer: Tokenizer, choice: EngineChoice) -> EncodesBatch:
+class Encoder(EncodesBatch, Protocol):
+    """What encodes the documents of a job."""
+
+    @property
+    def cutter(self) -> Cutter:
+        """Where long texts may be cut without changing their ids."""
+
+
+def open_engine(tokenizer: Tokenizer, choice: EngineChoice) -> Encoder:
     """An object whose `encode_batch(texts)` gives (ids uint32[N], offsets int64[n + 1]).
 
     Raises UserError when the chosen engine is not the one on this machine, and, from
@@ -92,10 +100,10 @@ class _Fastokens:
         self._library = Library.from_file(str(tokenizer.path))
         self._library.no_truncation()
         self._library.no_padding()
-        self._long_text = tokenizer.long_text
+        self.cutter = tokenizer.cutter
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
-        return encode_bounded(texts, self._encode_call, self._long_text)
+        return encode_bounded(texts, self._encode_call, self.cutter)
 
     def _encode_call(self, texts: list[str]) -> Encoded:
         try:
@@ -110,6 +118,7 @@ class _Rechecked:
     """An engine of which one document in 10,000, chosen by content, is compared while running."""
 
     def __init__(self, tokenizer: Tokenizer, engine: EncodesBatch, version: str) -> None:
+        self.cutter = tokenizer.cutter
         self._tokenizer = tokenizer
         self._engine = engine
         self._version = version

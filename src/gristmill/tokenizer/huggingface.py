@@ -6,20 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer as Library
+from tokenizers.models import BPE
 
 from gristmill.tokenizer.long_text import (
+    Cutter,
     Encoded,
-    LongText,
+    Mark,
     encode_bounded,
     flat,
+    reaches_over,
     without_surrogates,
 )
 from gristmill.util.errors import UserError
-
-# Byte-level tokenizers write the bytes that are no visible character of Latin-1 as U+0100 and on.
-_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-_SHIFTED = [byte for byte in range(256) if byte not in _VISIBLE]
-_BYTE_OF = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_SHIFTED)}
 
 
 class HuggingFaceBackend:
@@ -47,7 +45,7 @@ class HuggingFaceBackend:
         self.eos_id: int | None = None
         added = self.library.get_added_tokens_decoder()
         self.special = {t.content: i for i, t in added.items() if t.special}
-        self.long_text = LongText(self._encode, self._spans_line)
+        self.cutter = Cutter(self._encode, self._parts_at)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token with this exact text."""
@@ -69,7 +67,7 @@ class HuggingFaceBackend:
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """(ids uint32[N], offsets int64[len(texts) + 1]) of all texts, special ones as text."""
-        return encode_bounded(texts, self._encode_call, self.long_text)
+        return encode_bounded(texts, self._encode_call, self.cutter)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of `ids`; ids without a token have none."""
@@ -81,11 +79,23 @@ class HuggingFaceBackend:
         encoded = self.library.encode("a", add_special_tokens=True).ids
         return token is not None and encoded[:1] == [token] != self._encode("a")[:1]
 
-    def _spans_line(self) -> bool:
+    def _parts_at(self, mark: Mark) -> bool:
+        """Whether no token reaches over a newline before a letter, or over a space in a text."""
         added = self.library.get_added_tokens_decoder().values()
-        return any(map(spans_line, self.library.get_vocab(with_added_tokens=True))) or any(
-            token.lstrip and not token.special for token in added
+        if any((token.lstrip or token.rstrip) and not token.special for token in added):
+            return False
+        return self._starts_anew(mark) and not any(
+            reaches_over(token, mark) for token in self.library.get_vocab(with_added_tokens=True)
         )
+
+    def _starts_anew(self, mark: Mark) -> bool:
+        """Whether tokens on one side of the mark do not depend on what is on the other."""
+        before = self.library.pre_tokenizer
+        if before is not None and len(before.pre_tokenize_str(f"a{mark}a")) > 1:
+            return True
+        model = self.library.model
+        # Merges only join neighbours into tokens; other models weigh the text as a whole.
+        return isinstance(model, BPE) and not model.ignore_merges
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -101,20 +111,3 @@ class HuggingFaceBackend:
             texts = [without_surrogates(text) for text in texts]
             encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
         return flat(encoding.ids for encoding in encodings)
-
-
-def spans_line(token: str) -> bool:
-    """Whether the text of a vocabulary entry has a newline followed by a letter.
-
-    The entry is read as plain text and as the bytes it may stand for; a part of a character counts
-    as a letter.
-    """
-    readings = [token]
-    if "Ċ" in token and all(char in _BYTE_OF for char in token):
-        readings.append(bytes(_BYTE_OF[char] for char in token).decode("utf-8", "replace"))
-    following = (text[at + 1] for text in readings for at in _newlines(text[:-1]))
-    return any(char.isalpha() or char == "\ufffd" for char in following)
-
-
-def _newlines(text: str) -> list[int]:
-    return [index for index, char in enumerate(text) if char == "\n"] if "\n" in text else []

@@ -5,6 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +22,38 @@ EncodeBatch = Callable[[list[str]], Encoded]
 MAX_CALL_BYTES = 256_000
 MAX_TEXT_BYTES = 1_000_000
 
+MAX_UNCUT_BYTES = 6 << 20
+"""A stretch of text without a place to cut that is longer than this is not encoded at all."""
+
+Mark = Literal["\n", " "]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A place where a text may be cut. Pieces end where the pattern does."""
+
+    mark: Mark
+    pattern: re.Pattern[str]
+    dropped: int = 0
+    """Characters after the place that are left out: the space that the tokenizer itself puts
+    before a text."""
+
+
 # A newline between a visible character and a letter. With white space before the newline, GPT-2's
 # expression takes a run of it differently when nothing follows.
-_CUT = re.compile(r"\S\n(?=[^\W\d_])")
+_LINE = re.compile(r"\S\n(?=[^\W\d_])")
+# Before a single space that begins a word.
+_WORD = re.compile(r"\S(?= [^\W\d_])")
+# The first that holds is taken; cutting at words is for tokenizers that know no lines.
+_RULES = (_Rule("\n", _LINE), _Rule(" ", _WORD), _Rule(" ", _WORD, dropped=1))
+
+# Byte-level tokenizers write the bytes that are no visible character of Latin-1 as U+0100 and on.
+_VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+_SHIFTED = [byte for byte in range(256) if byte not in _VISIBLE]
+_BYTE_OF = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_SHIFTED)}
+_SPACE_INSIDE = re.compile(r"\S ")
+
+_BEGINNING = 8_000
 
 _BEFORE = (
     *("a", "Z", "7", "12", "1234", ".", ";", "){", "'", "it's", "_", "\\", "$", "a b", "if x:"),
@@ -30,52 +63,138 @@ _BEFORE = (
 _AFTER = ("a", "B", "s'", "é", "É", "中", "и", "ש", "ع", "ǅ", "\u1100\u1161", "가", "ª", "ﬁ", "ßx")
 
 
-class LongText:
+class TooLong(ValueError):
+    """A text that cannot be encoded in bounded memory."""
+
+
+class Cutter:
     """Cuts long texts where the tokenizer provably starts anew, or not at all.
 
-    `encode` is the tokenizer's definition; `spans_line()` tells whether some token of its
-    vocabulary holds a newline followed by a letter. A cut is made only when no token does, when
-    probes encode alike whole and cut, and when the beginning of the document itself does.
+    `encode` is the tokenizer's definition; `parts_at(mark)` tells whether, by its vocabulary and
+    its way of working, no token can reach over a newline before a letter, or from a visible
+    character over a space. A text is cut there only if it does, if probes encode alike whole and
+    cut, and if the beginning of the text itself does.
     """
 
-    def __init__(self, encode: Callable[[str], list[int]], spans_line: Callable[[], bool]) -> None:
+    def __init__(
+        self, encode: Callable[[str], list[int]], parts_at: Callable[[Mark], bool]
+    ) -> None:
         self._encode = encode
-        self._spans_line = spans_line
-        self._cuts_safely: bool | None = None  # found out when the first long text comes
+        self._parts_at = parts_at
+
+    @cached_property
+    def _rules(self) -> tuple[_Rule, ...]:
+        """The rules that hold; found out when the first long text comes."""
+        known = {mark: self._parts_at(mark) for mark in ("\n", " ")}
+        found: list[_Rule] = []
+        for rule in _RULES:
+            new = all(rule.mark != other.mark for other in found)
+            if new and known[rule.mark] and all(self._same(t, (rule,)) for t in _probes(rule.mark)):
+                found.append(rule)
+        return tuple(found)
 
     def pieces(self, text: str) -> list[str]:
         """`text` in pieces whose encodings, one after another, are the encoding of `text`."""
-        if size(text) <= MAX_TEXT_BYTES or not self._safe_for(text):
+        if size(text) <= MAX_TEXT_BYTES or not (rules := self._rules_for(text)):
             return [text]
-        step = MAX_CALL_BYTES if text.isascii() else MAX_CALL_BYTES // 3
-        return list(_cut(text, step))
+        return [text[a:b] for a, b in _cut(text, _step(text), rules)]
 
-    def _safe_for(self, text: str) -> bool:
-        if self._cuts_safely is None:
-            self._cuts_safely = not self._spans_line() and all(map(self._same, _probes()))
-        return self._cuts_safely and self._same(text[:8_000])
+    def fits(self, text: str) -> bool:
+        """Whether `text` can be encoded in bounded memory."""
+        return utf8_size(text) <= MAX_UNCUT_BYTES or all(
+            utf8_size(piece) <= MAX_UNCUT_BYTES for piece in self.pieces(text)
+        )
 
-    def _same(self, text: str) -> bool:
+    def streamed(self, pieces: Iterable[str]) -> Iterator[str]:
+        """The text that the given pieces make, in pieces as `pieces` gives.
+
+        Raises TooLong where it holds too long a stretch without a place to cut.
+        """
+        rules: tuple[_Rule, ...] | None = None
+        held = ""
+        for piece in pieces:
+            held += piece
+            if rules is None and len(held) < _BEGINNING:
+                continue
+            if rules is None:
+                rules = self._rules_for(held)
+            start = 0
+            if rules:
+                *whole, (start, _) = _cut(held, _step(held), rules)
+                yield from (held[a:b] for a, b in whole)
+            held = held[start:]
+            if 3 * len(held) > MAX_UNCUT_BYTES and utf8_size(held) > MAX_UNCUT_BYTES:
+                raise TooLong
+        if held:
+            yield held
+
+    def _rules_for(self, text: str) -> tuple[_Rule, ...]:
+        return self._rules if self._same(text[:_BEGINNING], self._rules) else ()
+
+    def _same(self, text: str, rules: Sequence[_Rule]) -> bool:
         """Whether `text` has the same ids when it is cut wherever that is allowed."""
-        cut = [token for piece in _cut(text, 1) for token in self._encode(piece)]
+        if not rules:
+            return False
+        cut = [token for a, b in _cut(text, 1, rules) for token in self._encode(text[a:b])]
         return cut == self._encode(text)
 
 
-def _probes() -> Iterator[str]:
+def _probes(mark: Mark) -> Iterator[str]:
     for before in _BEFORE:
-        yield "\n".join(f"{after} {before}" for after in _AFTER)
-    yield "\n".join(f"{after}{before}" for after in _AFTER for before in _BEFORE)
+        yield mark.join(f"{after} {before}" for after in _AFTER)
+        yield mark.join(f"{after}{before}" for after in _AFTER)
+    yield mark.join(f"{after}{before}" for after in _AFTER for before in _BEFORE)
 
 
-def _cut(text: str, step: int) -> Iterator[str]:
-    """`text` in pieces of about `step` characters, each but the last ending in a newline."""
+def _step(text: str) -> int:
+    return MAX_CALL_BYTES if text.isascii() else MAX_CALL_BYTES // 3
+
+
+def _cut(text: str, step: int, rules: Sequence[_Rule]) -> Iterator[tuple[int, int]]:
+    """Where pieces of about `step` characters or more begin and end."""
     start = 0
-    for match in _CUT.finditer(text, min(max(step - 2, 0), len(text))):
+    while True:
+        found = [(place, rule) for rule in rules if (place := _next(text, start + step, rule)) > 0]
+        if not found:
+            break
+        # Every rule is exact: the first place is as good as any.
+        end, rule = min(found, key=itemgetter(0))
+        yield start, end
+        start = end + rule.dropped
+    yield start, len(text)
+
+
+def _next(text: str, at: int, rule: _Rule) -> int:
+    """The first place at or after `at` where the rule lets a text be cut, -1 if there is none."""
+    for match in rule.pattern.finditer(text, max(at - 2, 0)):
         end = match.end()
-        if end - start >= step and text[end].isalpha():
-            yield text[start:end]
-            start = end
-    yield text[start:]
+        if end >= at and text[end + (rule.mark == " ")].isalpha():
+            return end
+    return -1
+
+
+def reaches_over(token: str, mark: Mark) -> bool:
+    """Whether a vocabulary entry holds a newline and a letter after it, or a space in it.
+
+    The entry is read as plain text, with U+2581 as a space, and as the bytes it may stand for; a
+    part of a character counts as a letter.
+    """
+    readings = [token.replace("\u2581", " ")]
+    if all(char in _BYTE_OF for char in token):
+        readings.append(bytes(_BYTE_OF[char] for char in token).decode("utf-8", "replace"))
+    if mark == " ":
+        return any(_SPACE_INSIDE.search(text) for text in readings)
+    following = (text[at + 1] for text in readings for at in _newlines(text[:-1]))
+    return any(char.isalpha() or char == "\ufffd" for char in following)
+
+
+def _newlines(text: str) -> list[int]:
+    return [index for index, char in enumerate(text) if char == "\n"] if "\n" in text else []
+
+
+def utf8_size(text: str) -> int:
+    """The bytes of `text`."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def size(text: str) -> int:
@@ -83,7 +202,7 @@ def size(text: str) -> int:
     return len(text) if text.isascii() else 3 * len(text)
 
 
-def encode_bounded(texts: Sequence[str], encode: EncodeBatch, long_text: LongText) -> Encoded:
+def encode_bounded(texts: Sequence[str], encode: EncodeBatch, cutter: Cutter) -> Encoded:
     """The ids of all texts and where each text's begin, from calls of bounded size.
 
     Returns (ids uint32[N], offsets int64[len(texts) + 1]). `encode` sees lists of at most about
@@ -91,7 +210,7 @@ def encode_bounded(texts: Sequence[str], encode: EncodeBatch, long_text: LongTex
     """
     parts: list[NDArray[np.uint32]] = []
     lengths = np.zeros(len(texts), dtype=np.int64)
-    for owners, batch in _calls(texts, long_text):
+    for owners, batch in _calls(texts, cutter):
         ids, offsets = encode(batch)
         parts.append(ids)
         np.add.at(lengths, owners, np.diff(offsets))
@@ -101,13 +220,13 @@ def encode_bounded(texts: Sequence[str], encode: EncodeBatch, long_text: LongTex
     return ids.astype(np.uint32, copy=False), offsets
 
 
-def _calls(texts: Iterable[str], long_text: LongText) -> Iterator[tuple[list[int], list[str]]]:
+def _calls(texts: Iterable[str], cutter: Cutter) -> Iterator[tuple[list[int], list[str]]]:
     """Lists of pieces for one call each, with the index of the text that each belongs to."""
     owners: list[int] = []
     batch: list[str] = []
     num_bytes = 0
     for index, text in enumerate(texts):
-        for piece in long_text.pieces(text):
+        for piece in cutter.pieces(text):
             if batch and num_bytes + size(piece) > MAX_CALL_BYTES:
                 yield owners, batch
                 owners, batch, num_bytes = [], [], 0

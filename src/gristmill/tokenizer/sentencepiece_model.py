@@ -8,14 +8,20 @@ from itertools import groupby
 from pathlib import Path
 
 from gristmill.tokenizer.long_text import (
+    Cutter,
     Encoded,
-    LongText,
+    Mark,
     encode_bounded,
     flat,
+    reaches_over,
     without_surrogates,
 )
 from gristmill.tokenizer.sidecar import AddedToken
 from gristmill.util.errors import UserError
+
+# Fields of a model's protocol buffer, and values of the last.
+_TRAINER_SPEC, _MODEL_TYPE = 2, 3
+_UNIGRAM, _BPE = 1, 2
 
 
 class SentencePieceBackend:
@@ -39,8 +45,7 @@ class SentencePieceBackend:
         self._always = {t.content: t.id for t in extra.values() if not t.special}
         self._split_always = _splitter(self._always)
         self._split_special = _splitter(self._always | self.special)
-        # There is no pre-tokenizer that would start anew anywhere: long texts stay whole.
-        self.long_text = LongText(self._encode, lambda: True)
+        self.cutter = Cutter(self._encode, self._parts_at)
 
     def token_id(self, token: str) -> int | None:
         """The id of the token with this exact text."""
@@ -63,7 +68,7 @@ class SentencePieceBackend:
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """(ids uint32[N], offsets int64[len(texts) + 1]) of all texts, control ones as text."""
-        return encode_bounded(texts, self._encode_call, self.long_text)
+        return encode_bounded(texts, self._encode_call, self.cutter)
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         """The text of `ids`; ids without a token have none."""
@@ -72,6 +77,15 @@ class SentencePieceBackend:
     def prompt_starts_with(self, token: int | None) -> bool:
         """Whether a text starts with `token` where no file says so: the BOS of every such model."""
         return token is not None
+
+    def _parts_at(self, mark: Mark) -> bool:
+        """Whether no token reaches over the mark; see `Cutter`."""
+        # Added tokens begin the text anew, with the model's own space. Only merges are local: a
+        # unigram model weighs the text as a whole.
+        if self._always or _model_type(self._model.serialized_model_proto()) != _BPE:
+            return False
+        pieces = map(self._model.id_to_piece, range(self._model.vocab_size()))
+        return not any(reaches_over(piece, mark) for piece in pieces)
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         table, split = self._always, self._split_always
@@ -119,6 +133,42 @@ def _load(path: Path):  # type: ignore[no-untyped-def]  # the package has no typ
             f"{path} is not a SentencePiece model ({error}). "
             "use a directory with tokenizer.json, or download the tokenizer again."
         ) from error
+
+
+def _model_type(model: bytes) -> int:
+    """The kind of a SentencePiece model, out of its protocol buffer: trainer_spec.model_type."""
+    for number, value in _fields(model):
+        if number == _TRAINER_SPEC and isinstance(value, bytes):
+            return next(
+                (v for n, v in _fields(value) if n == _MODEL_TYPE and isinstance(v, int)), _UNIGRAM
+            )
+    return _UNIGRAM
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a protocol buffer message: number, and value or contents."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        kind = tag & 7
+        if kind == 0:
+            yield tag >> 3, varint()
+            continue
+        length = {1: 8, 5: 4}.get(kind) or varint()
+        yield tag >> 3, message[at : at + length]
+        at += length
 
 
 def _id_or_none(token_id: int) -> int | None:

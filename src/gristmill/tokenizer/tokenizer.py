@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from gristmill.tokenizer.huggingface import HuggingFaceBackend
-from gristmill.tokenizer.long_text import Encoded, LongText
+from gristmill.tokenizer.long_text import Cutter, Encoded
 from gristmill.tokenizer.sentencepiece_model import SentencePieceBackend
 from gristmill.tokenizer.sidecar import FILES, Sidecar, read_sidecar
 from gristmill.tokenizer.stream import StreamDecoder
@@ -93,9 +93,9 @@ class Tokenizer:
         return self.backend.prompt_starts_with(self.bos_id)
 
     @property
-    def long_text(self) -> LongText:
+    def cutter(self) -> Cutter:
         """Where long texts may be cut without changing their ids."""
-        return self.backend.long_text
+        return self.backend.cutter
 
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, special: bool = False
