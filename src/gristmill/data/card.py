@@ -85,11 +85,15 @@ def _tokenizer(manifest: Manifest) -> str:
 def _options(source: Source) -> list[tuple[str, str]]:
     rows = [
         ("layout", source.layout),
+        ("text field", source.text_field if source.text_field != "text" else ""),
+        ("separator", repr(source.separator) if source.separator else ""),
         ("filters", json.dumps(source.filters, sort_keys=True) if source.filters else ""),
         ("map", source.map or ""),
         ("seed", str(source.seed)),
         ("tokens per chunk", f"{source.chunk_tokens:,}"),
         ("held out for validation", f"{source.val_fraction:g}" if source.val_fraction else ""),
+        ("validation files", source.val_pattern or ""),
+        ("taken", "about 1 MB, to try things (fast_dev_run)" if source.fast_dev_run else ""),
         ("plan", f"`{source.plan}`"),
     ]
     return [(name, value) for name, value in rows if value]

@@ -179,8 +179,12 @@ def _source(plan: Plan, name: str, job: _Job) -> Source:
         rejects=dict(sorted(job.rejects.items())),
         empty_documents=job.empty_documents,
         filtered=job.filtered,
+        text_field=recipe.text_field,
+        separator=recipe.separator,
         filters=recipe.filters,
         map=recipe.map,
+        val_pattern=recipe.val_pattern,
+        fast_dev_run=recipe.fast_dev_run,
         quarantined=tuple(job.quarantined),
     )
 
@@ -276,6 +280,11 @@ def _check_splits(plan: Plan, job: _Job) -> None:
             continue
         if not name:
             raise RunError("no document gave any token. check the tokenizer and the input.")
+        if plan.recipe.val_pattern:
+            raise UserError(
+                f"the files of the {name} side gave no token: --val_pattern "
+                f"{plan.recipe.val_pattern!r}. give another pattern."
+            )
         raise UserError(
             f"the {name} share is empty: --val_fraction {plan.recipe.val_fraction} of "
             f"{job.documents:,} documents left nothing for it. give another --val_fraction.",

@@ -67,11 +67,18 @@ class Source:
     empty_documents: int
     """Documents of the whole job without text, which are left out."""
     filtered: int = 0
-    """Documents of the whole job that the filters left out."""
+    """Documents of the whole job that filters or the user's function left out."""
+    text_field: str = "text"
+    separator: str | None = None
+    """Text that parted files into documents."""
     filters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What was asked of the records' fields, as declared."""
     map: str | None = None
     """The user's function that chose or changed documents, as module:function."""
+    val_pattern: str | None = None
+    """Which files are validation, where they were given."""
+    fast_dev_run: bool = False
+    """Only a little of the text was taken, to try things."""
     quarantined: tuple[tuple[str, str], ...] = ()
     """Damaged inputs, or parts of them, that were left out, and why."""
 
