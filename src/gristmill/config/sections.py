@@ -40,6 +40,8 @@ class TrainArgs:
     """Gradient norm to clip to; null: no clipping."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser added to the loss; 0: off."""
+    document_mask: bool | Auto = "auto"
+    """Keep attention and positions inside documents; auto: for datasets that gristmill prepared."""
     tie_embeddings: bool | None = None
     """Share input embedding and output head; unset: as the model defines it."""
     save_interval: int | Auto = "auto"

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries, through torch's fused SDPA kernels."""
+"""Causal self-attention with grouped queries, through torch's fused kernels."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ class Attention(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        mask: Any = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """What each token of x [B, T, d] gathers from itself and those before it, [B, T, d].
 
-        `mask` (bool, broadcast to [B, heads, T, keys], True = may look) replaces the causal rule.
+        `mask` (bool, broadcast to [B, heads, T, keys], True = may look; or a `BlockMask`) replaces
+        the causal rule.
         """
         heads = (*x.shape[:2], -1, self.head_size)
         q = apply_rope(self.q(x).view(heads), cos, sin).transpose(1, 2)
@@ -50,20 +51,24 @@ class Attention(nn.Module):
         return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     """Attention of q [B, heads, T, D] over k, v [B, kv_heads, S, D]: [B, heads, T, D].
 
     Causal when `mask` is None and T > 1 (then S = T); a single query sees all S keys.
     """
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
+    if mask is not None and not isinstance(mask, Tensor):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=heads != groups)
     if length == 1 and mask is None:
         # One token a sequence: the query heads of a group are rows of one product over their keys,
         # two to four times as fast on a CPU as a kernel call per head.
         rows = F.scaled_dot_product_attention(q.reshape(batch, groups, -1, dim), k, v)
         return rows.reshape(batch, heads, 1, dim)
-    if mask is None and _backward_is_better_written_out(q):
-        return _CausalAttention.apply(q, k, v)
+    if length == k.shape[2] and _backward_is_better_written_out(q):
+        return _CausalAttention.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != groups
     )
@@ -90,17 +95,22 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of q [B, heads, T, D] over k, v [B, kv_heads, T, D]."""
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of q [B, heads, T, D] over k, v [B, kv_heads, T, D].
+
+        A `mask`, bool [B, 1, T, T], must not let a token look ahead; without one it is causal.
+        """
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        ctx.save_for_backward(q, k, v, out)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+        )
+        ctx.save_for_backward(q, k, v, out, mask)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         """Gradients of q, k and v."""
-        q, k, v, out = ctx.saved_tensors
+        q, k, v, out, mask = ctx.saved_tensors
         length, scale, shape = q.shape[2], q.shape[3] ** -0.5, (k.shape[1], -1)
         q, out, grad = (x.unflatten(1, shape) for x in (q, out, grad))
         k, v = k.unsqueeze(2), v.unsqueeze(2)
@@ -111,15 +121,19 @@ class _CausalAttention(torch.autograd.Function):
             end = min(start + WRITTEN_OUT_ROWS, length)
             queries, upper = q[..., start:end, :], grad[..., start:end, :]
             keys, values = k[..., :end, :], v[..., :end, :]
-            ahead = position[:end] > position[start:end].unsqueeze(1)
+            if mask is None:
+                hidden = position[:end] > position[start:end].unsqueeze(1)
+            else:
+                hidden = ~mask[:, None, :, start:end, :end]
             scores = (queries @ keys.transpose(-1, -2)).float() * scale
-            weights = torch.where(ahead, -torch.inf, scores).softmax(-1)
+            weights = torch.where(hidden, -torch.inf, scores).softmax(-1)
             slope = (upper @ values.transpose(-1, -2)).float() - shared[..., start:end, :]
             slope = (weights * slope * scale).to(q.dtype)
             grad_q.append(slope @ keys)
             parts_k.append(slope.transpose(-1, -2) @ queries)
             parts_v.append(weights.to(q.dtype).transpose(-1, -2) @ upper)
-        return torch.cat(grad_q, -2).flatten(1, 2), _sum_parts(parts_k), _sum_parts(parts_v)
+        grad_q = torch.cat(grad_q, -2).flatten(1, 2)
+        return grad_q, _sum_parts(parts_k), _sum_parts(parts_v), None
 
 
 def _sum_parts(parts: list[Tensor]) -> Tensor:

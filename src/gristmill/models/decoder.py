@@ -13,6 +13,8 @@ A block, with x the residual stream:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from gristmill.config.model import ModelConfig
 from gristmill.models.attention import Attention
 from gristmill.models.cache import KVCache, LayerCache
 from gristmill.models.check import check_config
+from gristmill.models.documents import document_mask, positions_within
 from gristmill.models.loss import linear_cross_entropy
 from gristmill.models.rope import rope_tables
 
@@ -76,7 +79,7 @@ class Block(nn.Module):
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
-        mask: Tensor | None = None,
+        mask: Any = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """The residual stream x [B, T, d] after this block."""
@@ -98,8 +101,8 @@ class Decoder(nn.Module):
         check_config(config)
         super().__init__()
         self.config = config
-        self.compiled_loss = False
-        """Whether the loss compiles its softmax; for the one who compiles the blocks to set."""
+        self.compiled = False
+        """Whether blocks and the loss's softmax are compiled; for the one who does it to set."""
         # Without torch's own initial values: they are replaced anyway, and making them on the meta
         # device imports the compiler (0.8 s).
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -125,16 +128,18 @@ class Decoder(nn.Module):
         targets: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        documents: Tensor | None = None,
         cache: KVCache | None = None,
         z_loss: float = 0.0,
         num_logits: int | None = None,
     ) -> Tensor:
         """Logits [B, T, token_ids] in compute dtype, or the summed loss when targets are given.
 
-        tokens, targets, positions: int64 [B, T]; targets of -100 count nothing. With a cache the
-        tokens continue what it holds. `num_logits` keeps the last so many positions' logits only.
+        tokens, targets, positions: int64 [B, T]; targets of -100 count nothing. `documents` [B, T]
+        keeps attention and positions inside each (see `documents.py`). With a cache the tokens
+        continue what it holds. `num_logits` keeps the last so many positions' logits only.
         """
-        hidden = self.hidden(tokens, positions=positions, cache=cache)
+        hidden = self.hidden(tokens, positions=positions, documents=documents, cache=cache)
         if targets is not None:
             return linear_cross_entropy(
                 hidden.flatten(0, 1),
@@ -142,22 +147,32 @@ class Decoder(nn.Module):
                 targets.flatten(),
                 z_loss=z_loss,
                 num_token_ids=self.config.token_ids,
-                compiled=self.compiled_loss,
+                compiled=self.compiled,
             )
         if num_logits is not None:
             hidden = hidden[:, hidden.shape[1] - num_logits :]
         return F.linear(hidden, self.head_weight)
 
     def hidden(
-        self, tokens: Tensor, *, positions: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The normalised residual stream before the head, [B, T, d]."""
         start = 0 if cache is None else cache.length
         length = tokens.shape[1]
+        if documents is not None:
+            assert cache is None, "documents are for training, a cache is for one text a row"
+            mask = document_mask(documents, compiled=self.compiled)
+            positions = positions_within(documents)
+        else:
+            mask = _continuation_mask(start, length, tokens.device)
         if positions is None:
             positions = torch.arange(start, start + length, device=tokens.device)
         cos, sin = rope_tables(self.config, positions)
-        mask = _continuation_mask(start, length, tokens.device)
         x = self.embed(tokens)
         for index, block in enumerate(self.layers):
             x = block(x, cos, sin, mask, None if cache is None else cache.layer(index))

@@ -41,11 +41,11 @@ def compile_blocks(model: nn.Module) -> None:
         options = {"cpp.max_horizontal_fusion_size": 1}
     for block in model.layers:
         block.compile(dynamic=False, options=options)
-    model.compiled_loss = True
+    model.compiled = True
 
 
 def uncompile_blocks(model: nn.Module) -> None:
     """Take `compile_blocks` back, for a compiler that is there but fails."""
     for block in model.layers:
         block._compiled_call_impl = None
-    model.compiled_loss = False
+    model.compiled = False

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gristmill.data.stream import Batch
 from gristmill.models.loss import IGNORE
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass
@@ -19,29 +24,66 @@ class TokenBatch:
     tokens: Tensor
     valid: Tensor
     num_targets: int
+    documents: Tensor | None = None
+    """int32 [rows, seq_len + 1], the number of each token's document in its row; None: no mask."""
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> TokenBatch:
-        """The stream's batch on the device."""
-        tokens = torch.from_numpy(batch.tokens)
-        valid = torch.from_numpy(batch.valid)
-        num_targets = int(batch.valid.sum()) * (tokens.shape[1] - 1)
-        if device.type == "cuda":
-            tokens = tokens.pin_memory().to(device, non_blocking=True)
-        else:
-            tokens = tokens.to(device)
-        return cls(tokens, valid.to(device), num_targets)
+    def of(cls, batch: Batch, device: torch.device, *, document_mask: bool = False) -> TokenBatch:
+        """The stream's batch on the device.
 
-    def micro_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(inputs, targets) int64 [size, seq_len], one after another; the last is padded.
+        With `document_mask` the first token of a document is nobody's target.
+        """
+        num_targets = int(batch.valid.sum()) * (batch.tokens.shape[1] - 1)
+        documents = None
+        if document_mask:
+            numbers = _document_numbers(batch)
+            num_targets -= int((np.diff(numbers[batch.valid], axis=1) != 0).sum())
+            documents = _to_device(torch.from_numpy(numbers), device)
+        tokens = _to_device(torch.from_numpy(batch.tokens), device)
+        valid = torch.from_numpy(batch.valid).to(device)
+        return cls(tokens, valid, num_targets, documents)
+
+    def micro_batches(self, size: int) -> Iterator[MicroBatch]:
+        """The rows, `size` at a time; the last ones are padded.
 
         Every micro-batch has the same shape, so that a compiled block is compiled once.
         """
         for start in range(0, self.tokens.shape[0], size):
-            tokens, valid = self.tokens[start : start + size], self.valid[start : start + size]
-            missing = size - tokens.shape[0]
-            if missing:
-                tokens = torch.cat([tokens, tokens.new_zeros(missing, tokens.shape[1])])
-                valid = torch.cat([valid, valid.new_zeros(missing)])
-            targets = tokens[:, 1:].masked_fill(~valid.unsqueeze(1), IGNORE)
-            yield tokens[:, :-1].contiguous(), targets
+            rows = slice(start, start + size)
+            tokens = _padded(self.tokens[rows], size)
+            ignored = ~_padded(self.valid[rows], size).unsqueeze(1)
+            documents = None
+            if self.documents is not None:
+                numbers = _padded(self.documents[rows], size)
+                ignored = ignored | (numbers[:, 1:] != numbers[:, :-1])
+                documents = numbers[:, :-1].contiguous()
+            targets = tokens[:, 1:].masked_fill(ignored, IGNORE)
+            yield MicroBatch(tokens[:, :-1].contiguous(), targets, documents)
+
+
+class MicroBatch(NamedTuple):
+    """Inputs and targets int64 [size, seq_len], and the documents of the inputs if kept apart."""
+
+    inputs: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+
+def _document_numbers(batch: Batch) -> NDArray[np.int32]:
+    """For each token the number of documents that end before it in its row."""
+    rows, width = batch.tokens.shape
+    ended = np.zeros((rows, width + 1), dtype=np.int32)
+    lengths = [len(ends) for ends in batch.doc_ends]
+    ended[np.repeat(np.arange(rows), lengths), np.concatenate(batch.doc_ends)] = 1
+    return np.cumsum(ended[:, :width], axis=1, dtype=np.int32)
+
+
+def _padded(rows: Tensor, size: int) -> Tensor:
+    missing = size - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -43,6 +43,7 @@ FIXED_TRAIN_SETTINGS = (
     "min_lr",
     "max_norm",
     "z_loss",
+    "document_mask",
 )
 """Settings of `train` that belong to a run's identity."""
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from gristmill.parallel.compile import uncompile_blocks
-from gristmill.train.batch import TokenBatch
 from gristmill.train.run import Run
 from gristmill.train.settle import Job
 from gristmill.train.step import micro_step, update
@@ -54,9 +53,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    batch = TokenBatch.of(job.train.batch(0, job.micro_batch_size), job.device)
-    inputs, targets = next(batch.micro_batches(job.micro_batch_size))
-    micro_step(model, inputs, targets, batch.num_targets, job)
+    batch = job.on_device(job.train.batch(0, job.micro_batch_size))
+    micro_step(model, next(batch.micro_batches(job.micro_batch_size)), batch.num_targets, job)
     # A fused optimizer allocates its state before it finds that there is nothing to change.
     nothing, never = torch.zeros((), device=job.device), torch.tensor(False, device=job.device)
     update(optimizer, nothing, never, max_norm=None)

@@ -21,7 +21,6 @@ from gristmill.models.init import init_weights
 from gristmill.optim.build import build_optimizer
 from gristmill.optim.schedules import lr_at
 from gristmill.parallel.parallelize import parallelize
-from gristmill.train.batch import TokenBatch
 from gristmill.train.dry_run import dry_run
 from gristmill.train.finish import finish, is_finished
 from gristmill.train.guard import Guard
@@ -59,7 +58,7 @@ def fit(job: Job) -> None:
             reseed(job.cfg.seed, run.state.step)
             lr = set_learning_rate(optimizer, job, run.state.step)
             rows = job.train.batch(run.state.samples, job.length.global_batch_size)
-            batch = TokenBatch.of(rows, job.device)
+            batch = job.on_device(rows)
             data_wait_s = time.perf_counter() - started
             stats = train_step(model, optimizer, batch, job)
             step_time_s = time.perf_counter() - started

@@ -22,13 +22,14 @@ from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
 from gristmill.data.dataset import Dataset
 from gristmill.data.modules import open_datasets
-from gristmill.data.stream import TokenStream
+from gristmill.data.stream import Batch, TokenStream
 from gristmill.formats.model_dir import read_config
 from gristmill.models import counts, zoo
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
+from gristmill.train.batch import TokenBatch
 from gristmill.train.length import Length, plan_length
 from gristmill.train.named import load_named
 from gristmill.train.ranges import check_ranges
@@ -53,6 +54,7 @@ class Job:
     val_bytes_per_token: float | None
     length: Length
     micro_batch_size: int
+    document_mask: bool
     lr: float
     min_lr: float
     out_dir: Path
@@ -61,6 +63,10 @@ class Job:
     """Whether `out_dir` holds this very run."""
     exportable: bool
     """Whether `final/` can be written as a Hugging Face directory."""
+
+    def on_device(self, batch: Batch) -> TokenBatch:
+        """A batch of the stream as the model takes it."""
+        return TokenBatch.of(batch, self.device, document_mask=self.document_mask)
 
 
 def settle(cfg: Pretrain) -> Job:
@@ -105,6 +111,7 @@ def settle(cfg: Pretrain) -> Job:
         val_bytes_per_token=_bytes_per_token(val_set),
         length=length,
         micro_batch_size=micro,
+        document_mask=_document_mask(cfg, train_set),
         lr=lr,
         min_lr=min_lr,
         out_dir=out_dir,
@@ -306,6 +313,12 @@ def _memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _document_mask(cfg: Pretrain, dataset: Dataset) -> bool:
+    """Whether documents are kept apart: as typed, else where we know that items are documents."""
+    typed = cfg.train.document_mask
+    return dataset.manifest.source is not None if typed == "auto" else typed
 
 
 def _bytes_per_token(dataset: Dataset | None) -> float | None:

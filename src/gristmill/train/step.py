@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gristmill.train.batch import TokenBatch
+from gristmill.train.batch import MicroBatch, TokenBatch
 from gristmill.train.settle import Job
 
 
@@ -47,8 +47,8 @@ def train_step(
     neither the micro-batch size nor padding changes the gradient.
     """
     total = torch.zeros((), device=batch.tokens.device)
-    for inputs, targets in batch.micro_batches(job.micro_batch_size):
-        total += micro_step(model, inputs, targets, batch.num_targets, job)
+    for micro in batch.micro_batches(job.micro_batch_size):
+        total += micro_step(model, micro, batch.num_targets, job)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     finite = torch.isfinite(total) & torch.isfinite(norm)
@@ -57,12 +57,12 @@ def train_step(
     return StepStats(total.item(), norm.item(), bool(finite.item()))
 
 
-def micro_step(
-    model: nn.Module, inputs: Tensor, targets: Tensor, num_targets: int, job: Job
-) -> Tensor:
+def micro_step(model: nn.Module, micro: MicroBatch, num_targets: int, job: Job) -> Tensor:
     """Add one micro-batch's gradients; its share of the mean loss over `num_targets`."""
+    inputs, targets, documents = micro
     with autocast(inputs.device, job.precision):
-        loss = model(inputs, targets, z_loss=job.cfg.train.z_loss) / num_targets
+        loss = model(inputs, targets, documents=documents, z_loss=job.cfg.train.z_loss)
+        loss = loss / max(1, num_targets)
     loss.backward()
     return loss.detach()
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from gristmill.train.batch import TokenBatch
 from gristmill.train.settle import Job
 from gristmill.train.step import autocast
 
@@ -35,13 +34,13 @@ def validate(
             model.train()
             return {}
         rows = min(job.micro_batch_size, samples - start)
-        batch = TokenBatch.of(job.val.batch(start, rows), job.device)
-        for inputs, targets in batch.micro_batches(job.micro_batch_size):
+        batch = job.on_device(job.val.batch(start, rows))
+        for inputs, targets, documents in batch.micro_batches(job.micro_batch_size):
             with autocast(job.device, job.precision):
-                total += model(inputs, targets).item()
+                total += model(inputs, targets, documents=documents).item()
         num_targets += batch.num_targets
     model.train()
-    row = {"val_loss": total / num_targets}
+    row = {"val_loss": total / max(1, num_targets)}
     if job.val_bytes_per_token:
         row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / job.val_bytes_per_token
     return row
