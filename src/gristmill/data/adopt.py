@@ -147,10 +147,11 @@ def _import(
     copy: bool,
 ) -> Dataset:
     """Make `base` the dataset of what is in `folders`."""
-    finished = (base / manifest.NAME).is_file()
-    # Where data grew since, an import in place can be repeated.
-    if finished and (not in_place or manifest.read(base).source is not None):
-        raise UserError(f"{base} is a dataset already: it needs no import.")
+    if (base / manifest.NAME).is_file():
+        earlier = manifest.read(base)
+        # An import in place can be repeated: data may have grown since.
+        if not in_place or earlier.source is not None or earlier.whole_digests:
+            raise UserError(f"{base} is a dataset already: it needs no import.")
     pieces = _pieces(folders, base if in_place else None, copy=copy)
     dtype = _one_type(pieces)
     if in_place:

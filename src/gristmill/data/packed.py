@@ -54,10 +54,10 @@ def find(folder: Path) -> list[PackedFile]:
     paths = [path for path in folder.glob("*.bin") if _is_packed(path)]
     # Numbers have leading zeros, and more digits only beyond ten of them.
     paths.sort(key=lambda p: (_prefix(p), len(p.stem), p.stem))
-    following = [*paths[1:], None]
+    prefixes = [_prefix(path) for path in paths]
     return [
-        _read_header(path, last=after is None or _prefix(after) != _prefix(path))
-        for path, after in zip(paths, following, strict=True)
+        _read_header(path, last=prefixes[n + 1 : n + 2] != [prefixes[n]])
+        for n, path in enumerate(paths)
     ]
 
 

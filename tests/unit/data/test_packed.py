@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from gristmill.config.data_commands import DataImport
+from gristmill.data import adopt, packed, verify
+from gristmill.data.dataset import Dataset
+from gristmill.util.errors import UserError
+
+SEPARATOR = 2
+
+
+def write_packed(folder, prefix, stream, *, size=8, code=8, version=1):
+    """A stream of ids as lit-llama's builder writes it: full files, the last one filled up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kinds = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f4", 8: "<u2"}
+    for number in range(-(-len(stream) // size)):
+        ids = np.full(size, SEPARATOR, dtype=kinds[code])
+        part = stream[number * size : (number + 1) * size]
+        ids[: len(part)] = part
+        header = b"LITPKDS" + struct.pack("<QBQ", version, code, size)
+        (folder / f"{prefix}_{number:010d}.bin").write_bytes(header + ids.tobytes())
+    return folder
+
+
+def do(folder, out):
+    adopt.run(DataImport(input_dir=str(folder), output_dir=str(out), copy=True))
+    return Dataset.open(out)
+
+
+def tokens_of(dataset):
+    return [dataset.map(n).tokens.tolist() for n in range(len(dataset.chunks))]
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(1, "uint16"), (8, "uint16"), (4, "uint32")])
+def test_packed_files_become_chunks_without_their_padding(tmp_path, code, dtype):
+    stream = list(range(10, 29))
+    folder = write_packed(tmp_path / "packed", "train_wiki", stream, code=code)
+    dataset = do(folder, tmp_path / "out")
+    # One separator stays: a document may have ended with it.
+    assert tokens_of(dataset) == [stream[:8], stream[8:16], [*stream[16:], SEPARATOR]]
+    assert dataset.dtype == dtype
+    assert [chunk.continues for chunk in dataset.chunks] == [True, True, False]
+    assert dataset.map(0).ends_within(0, 8).tolist() == []
+    assert verify.problems(tmp_path / "out") == []
+
+
+def test_prefixes_are_streams_of_their_own(tmp_path):
+    folder = tmp_path / "packed"
+    write_packed(folder, "train_10", list(range(100, 110)))
+    write_packed(folder, "train_9", list(range(50, 66)))
+    dataset = do(folder, tmp_path / "out")
+    assert [chunk.continues for chunk in dataset.chunks] == [True, False, True, False]
+    assert [chunk.tokens for chunk in dataset.chunks] == [8, 3, 8, 8]
+
+
+def test_files_of_nothing_but_padding_are_left_out(tmp_path):
+    write_packed(tmp_path / "packed", "a", [5, 6, 7, 8, 9, 10, 11, 12])
+    write_packed(tmp_path / "packed", "b", [SEPARATOR] * 3)
+    assert tokens_of(do(tmp_path / "packed", tmp_path / "out")) == [[5, 6, 7, 8, 9, 10, 11, 12]]
+
+
+def test_long_padding_is_found_over_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "_BLOCK", 3)
+    for length in range(1, 12):
+        folder = write_packed(tmp_path / str(length), "a", list(range(10, 10 + length)), size=11)
+        (found,) = tokens_of(do(folder, tmp_path / f"out-{length}"))
+        assert found == [*range(10, 10 + length), *[SEPARATOR] * (length < 11)]
+
+
+def test_types_of_several_prefixes_meet_in_the_wider(tmp_path):
+    write_packed(tmp_path / "packed", "a", [1] * 7 + [3], code=8)
+    write_packed(tmp_path / "packed", "b", [70_000] * 7 + [3], code=4)
+    dataset = do(tmp_path / "packed", tmp_path / "out")
+    assert dataset.dtype == "uint32"
+    assert tokens_of(dataset) == [[1] * 7 + [3], [70_000] * 7 + [3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "ids", "message"),
+    [
+        ({"code": 4}, [-1, *range(7)], "holds the token id -1"),
+        ({"code": 5}, [2**33, *range(7)], "holds the token id 8589934592"),
+        ({"code": 6}, [1] * 8, "elements of type 6"),
+        ({"version": 2}, [1] * 8, "format version 2"),
+    ],
+)
+def test_what_is_no_token_is_refused(tmp_path, options, ids, message):
+    folder = write_packed(tmp_path / "packed", "a", ids, **options)
+    with pytest.raises(UserError, match=message):
+        do(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("length", [12, 30])
+def test_a_file_cut_short_is_refused(tmp_path, length):
+    folder = write_packed(tmp_path / "packed", "a", [1] * 8)
+    path = folder / "a_0000000000.bin"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match="is damaged"):
+        do(folder, tmp_path / "out")
+
+
+def test_packed_files_are_not_read_where_they_are(tmp_path):
+    folder = write_packed(tmp_path / "packed", "a", [1] * 8)
+    with pytest.raises(UserError, match="turn them into chunks") as error:
+        adopt.run(DataImport(input_dir=str(folder)))
+    assert error.value.fix["--copy"] == "true"
