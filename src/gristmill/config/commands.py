@@ -22,7 +22,7 @@ class Pretrain:
     model_config: ModelConfig | None = None
     """A custom architecture instead of a named one."""
     data: DataModule | None = None
-    """What to train on: TextFiles, Jsonl, LitData, or module:Class."""
+    """What to train on: TextFiles, Jsonl, Parquet, a known corpus, LitData, or module:Class."""
     tokenizer_dir: str | None = None
     """Directory of the tokenizer; found in a prepared dataset when unset."""
     out_dir: str | None = None

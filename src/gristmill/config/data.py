@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 TokenPolicy = Literal["auto", "none"] | int
 
@@ -20,12 +20,18 @@ class DataModule:
 class RawText(DataModule):
     """Options of every module that starts from raw text, prepared into a cache beside it."""
 
+    layout: ClassVar[str]
+    """The layout of `gristmill prepare` that the text is read with."""
+
     train_data_path: str
-    """Folder or file of training text."""
+    """Folder, file or URL of training text. `data_path` is accepted too."""
+    pattern: str = "**/*"
+    """Which files of a folder are taken, as a glob."""
     val_data_path: str | None = None
     """Folder or file of validation text; unset: `val_fraction` of the training text."""
     val_fraction: float = 0.01
-    """Share of the text held out for validation, chosen by content."""
+    """Share of the text held out for validation, chosen by content. `val_split_fraction` is
+    accepted too."""
     bos: TokenPolicy = "auto"
     """Id put before each document: auto (the module's custom), none, or an id."""
     eos: TokenPolicy = "auto"
@@ -42,6 +48,8 @@ class RawText(DataModule):
 class TextFiles(RawText):
     """A folder of text files, each one document. BOS before each, as LitGPT's module has it."""
 
+    layout: ClassVar[str] = "textfiles"
+
     pattern: str = "**/*.txt"
     """Which files of a folder are taken, as a glob."""
     separator: str | None = None
@@ -49,13 +57,92 @@ class TextFiles(RawText):
 
 
 @dataclass(kw_only=True)
-class Jsonl(RawText):
+class Records(RawText):
+    """Options of the modules whose files hold records, one document each."""
+
+    text_field: str = "text"
+    """Field that holds the text, nested ones as a.b."""
+
+
+@dataclass(kw_only=True)
+class Jsonl(Records):
     """JSON lines (.jsonl, .jsonl.gz, .jsonl.zst): one document per line."""
+
+    layout: ClassVar[str] = "jsonl"
 
     pattern: str = "**/*.jsonl*"
     """Which files of a folder are taken, as a glob."""
-    text_field: str = "text"
-    """Name of the field that holds the text."""
+
+
+@dataclass(kw_only=True)
+class Parquet(Records):
+    """Parquet files: one document per row."""
+
+    layout: ClassVar[str] = "parquet"
+
+    pattern: str = "**/*.parquet"
+    """Which files of a folder are taken, as a glob."""
+
+
+@dataclass(kw_only=True)
+class FineWeb(Records):
+    """FineWeb or FineWeb-Edu, as their parquet files come. BOS before each document."""
+
+    layout: ClassVar[str] = "fineweb"
+
+    pattern: str = "**/*.parquet"
+    """Which files of a folder are taken, as a glob."""
+
+
+@dataclass(kw_only=True)
+class SlimPajama(Records):
+    """SlimPajama, as its .jsonl.zst files come, without GitHub. EOS after each document."""
+
+    layout: ClassVar[str] = "slimpajama"
+
+    pattern: str = "**/*.jsonl.zst"
+    """Which files of a folder are taken, as a glob."""
+
+
+@dataclass(kw_only=True)
+class StarCoder(Records):
+    """StarCoderData, as its parquet files come. EOS after each document."""
+
+    layout: ClassVar[str] = "starcoder"
+
+    pattern: str = "**/*.parquet"
+    """Which files of a folder are taken, as a glob."""
+    text_field: str = "content"
+    """Field that holds the text, nested ones as a.b."""
+
+
+@dataclass(kw_only=True)
+class OpenWebText(Records):
+    """OpenWebText, as its parquet files come. EOS after each document, as in LitGPT's module."""
+
+    layout: ClassVar[str] = "openwebtext"
+
+    train_data_path: str = "data/openwebtext"
+    """Folder, file or URL of training text. `data_path` is accepted too."""
+    pattern: str = "**/*.parquet"
+    """Which files of a folder are taken, as a glob."""
+    val_fraction: float = 0.0005
+    """Share of the text held out for validation, chosen by content. `val_split_fraction` is
+    accepted too."""
+
+
+@dataclass(kw_only=True)
+class TinyStories(Records):
+    """TinyStories, as its JSON files come. BOS before each story, as in LitGPT's module."""
+
+    layout: ClassVar[str] = "tinystories"
+
+    train_data_path: str = "data/tinystories"
+    """Folder, file or URL of training text. `data_path` is accepted too."""
+    pattern: str = "**/data*.json"
+    """Which files of a folder are taken, as a glob."""
+    text_field: str = "story"
+    """Field that holds the text, nested ones as a.b."""
 
 
 @dataclass(kw_only=True)

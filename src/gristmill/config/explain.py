@@ -14,6 +14,13 @@ from gristmill.util.errors import UserError
 CLASS_OPTIONS: dict[str, type] = {"--data": DataModule, "--optimizer": Optimizer}
 """Options whose value is the name of a class, with the base of those classes."""
 
+ELSEWHERE = {
+    "--percentage": "Choose files by --pattern, or take a small slice by --fast_dev_run true.",
+    "--convert_checkpoint": "Nothing needs converting here: leave it out.",
+    "--dtype": "Leave it out: weights stay as they come, and --precision of a command reads them.",
+}
+"""Options of other tools that have no like here, and what to do instead."""
+
 PLAIN_TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -63,20 +70,20 @@ def subclasses(cls: type) -> set[type]:
 def _bad_class(text: str, option: str, base: type, prog: str) -> UserError:
     """A class option that names no class, or options that its class does not have."""
     classes = {c.__name__: c for c in subclasses(base) if dataclasses.is_dataclass(c)}
-    names = sorted(name for name in classes if name != "RawText")
+    names = sorted(name for name in classes if name not in ("RawText", "Records"))
     named = re.search(r"class_path '([^']+)'", text)
     refused = re.search(r"Option '([^']+)' is not accepted", text)
     if refused and named:
         chosen = classes.get(named[1].rpartition(".")[2])
         if chosen is None:
             fit = [
-                f"{option} {name}"
-                for name in reversed(names)
+                name
+                for name in names
                 if refused[1] in {field.name for field in dataclasses.fields(classes[name])}
             ]
             return UserError(
                 f"{option}.{refused[1]} belongs to a class that is not chosen. "
-                f"Add {' or '.join(fit or [option])}."
+                f"Add {option} with one of: {', '.join(fit or names)}."
             )
         known = [f"{option}.{field.name}" for field in dataclasses.fields(chosen)]
         return _unknown(f"{option}.{refused[1]}", known, prog)
@@ -116,4 +123,5 @@ def _plain(kind: str) -> str:
 def _unknown(option: str, known: Sequence[str], prog: str) -> UserError:
     near = difflib.get_close_matches(option, known, n=3, cutoff=0.6)
     hint = f"Did you mean {' or '.join(near)}?" if near else f"`{prog} --help` lists the options."
+    hint = ELSEWHERE.get(option, hint)
     return UserError(f"unknown option {option}. {hint}")

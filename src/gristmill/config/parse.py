@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from gristmill.config.data import DataModule
+from gristmill.config.data import DataModule, RawText
 from gristmill.config.explain import explain, subclasses
 from gristmill.config.recipes import load_recipe
 from gristmill.config.sections import Optimizer
@@ -27,16 +27,23 @@ ALIASES = {
     "--data.path": "--data.data_path",
     "--tokenizer_path": "--tokenizer_dir",
     "--checkpoint_path": "--checkpoint_dir",
+    "--source_path": "--input_dir",
+    "--destination_path": "--output_dir",
+    "--match": "--pattern",
+    "--chunk_size": "--chunk_tokens",
 }
 """Other spellings of an option, each from a tool whose users come here."""
 
 FOREIGN_CLASSES = {
     "torch.optim.AdamW": "AdamW",
     "torch.optim.adamw.AdamW": "AdamW",
-    "litgpt.data.TextFiles": "TextFiles",
-    "litgpt.data.LitData": "LitData",
+    **{f"litgpt.data.{name}": name for name in ("TextFiles", "LitData", "OpenWebText")},
+    "litgpt.data.TinyStories": "TinyStories",
 }
 """Class paths in LitGPT's configuration files and what they are called here."""
+
+FOREIGN_SETTINGS = {"data_path": "train_data_path", "val_split_fraction": "val_fraction"}
+"""Settings of LitGPT's modules of raw text and what they are called here."""
 
 NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")
 """Endings of options that name something, which an empty text does not."""
@@ -72,8 +79,9 @@ def parse(command: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
     Raises `UserError` for anything that does not fit, naming the option and the value.
     """
     parser = parser_for(command, prog)
-    flags = {f"--{f.name}" for f in dataclasses.fields(command) if f.type in (bool, "bool")}  # type: ignore[arg-type]
-    arguments = normalise(argv, positionals, flags)
+    fields = dataclasses.fields(command)  # type: ignore[arg-type]
+    flags = {f"--{field.name}" for field in fields if field.type in (bool, "bool")}
+    arguments = normalise(argv, positionals, flags, {field.name for field in fields})
     try:
         return _build(command, parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
@@ -88,11 +96,15 @@ def _build(command: type[T], namespace: Any) -> T:
 
 
 def normalise(
-    argv: Sequence[str], positionals: Sequence[str], flags: Collection[str] = ()
+    argv: Sequence[str],
+    positionals: Sequence[str],
+    flags: Collection[str] = (),
+    known: Collection[str] = (),
 ) -> list[str]:
     """Arguments in the one form the parser knows: `--option=value`; aliases, recipes resolved.
 
-    An option in `flags` may stand without a value and is then true.
+    An option in `flags` may stand without a value and is then true. `known` are the names that the
+    command has: another spelling counts only where its meaning is one of them.
     """
     arguments: list[str] = []
     names = iter(positionals)
@@ -106,7 +118,9 @@ def normalise(
             pending = None
         elif word.startswith("-"):
             option, equals, value = word.partition("=")
-            option = ALIASES.get(option, option)
+            meant = ALIASES.get(option, option)
+            if meant[2:].partition(".")[0] in known:
+                option = meant
             if equals:
                 arguments.append(f"{option}={_value(option, value)}")
             elif option in ("-h", "--help", "--print_config"):
@@ -123,7 +137,36 @@ def normalise(
     if pending is not None:
         # `--data.help` alone is complete; any other option lacks its value and the parser says so.
         arguments.append(f"{pending}=true" if pending in flags else pending)
-    return arguments
+    return _adopt_data_options(arguments)
+
+
+def _adopt_data_options(arguments: list[str]) -> list[str]:
+    """The arguments with the options of LitGPT's modules of raw text as they are called here."""
+    module = ""
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option == "--data":
+            given = yaml.safe_load(value)
+            module = given.get("class_path", "") if isinstance(given, dict) else value
+        elif option == "--config":
+            given = yaml.safe_load(value).get("data")
+            module = given.get("class_path", "") if isinstance(given, dict) else module
+    if not _is_raw_text(module):
+        return arguments
+    adopted = []
+    for argument in arguments:
+        option, equals, value = argument.partition("=")
+        setting = option.removeprefix("--data.")
+        if option.startswith("--data.") and setting in FOREIGN_SETTINGS:
+            option = f"--data.{FOREIGN_SETTINGS[setting]}"
+        adopted.append(f"{option}{equals}{value}")
+    return adopted
+
+
+def _is_raw_text(class_path: str) -> bool:
+    """Whether it names one of our modules of raw text."""
+    name = class_path.removeprefix("gristmill.config.data.")
+    return name in {cls.__name__ for cls in subclasses(RawText)}
 
 
 def _value(option: str, value: str) -> str:
@@ -150,6 +193,9 @@ def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
         elif isinstance(section, dict) and "class_path" in section:
             name = str(section["class_path"])
             section["class_path"] = FOREIGN_CLASSES.get(name, name).replace(":", ".")
+            init = section.get("init_args")
+            if _is_raw_text(section["class_path"]) and isinstance(init, dict):
+                section["init_args"] = {FOREIGN_SETTINGS.get(k, k): v for k, v in init.items()}
     return {key: value for key, value in config.items() if value is not None}
 
 

@@ -90,7 +90,7 @@ _ALL = (
         "records",
         "bos",
         fetch="gristmill download HuggingFaceFW/fineweb --repo_type dataset "
-        "--pattern 'sample/10BT/*'",
+        "--pattern 'sample/10BT/*' --out_dir data/fineweb",
     ),
     Layout(
         "slimpajama",
@@ -101,7 +101,8 @@ _ALL = (
         # StarCoder, its companion, has the same repositories in a better state.
         filters={"meta.redpajama_set_name": {"not_in": ["RedPajamaGithub"]}},
         splits={name: f"{name}/**/*.jsonl.zst" for name in ("train", "validation", "test")},
-        fetch="gristmill download cerebras/SlimPajama-627B --repo_type dataset",
+        fetch="gristmill download cerebras/SlimPajama-627B --repo_type dataset "
+        "--out_dir data/slimpajama-raw",
     ),
     Layout(
         "starcoder",
@@ -112,7 +113,8 @@ _ALL = (
         text_field="content",
         # The only split; older scripts name it.
         splits={"train": "**/*.parquet"},
-        fetch="gristmill download bigcode/starcoderdata --repo_type dataset",
+        fetch="gristmill download bigcode/starcoderdata --repo_type dataset "
+        "--out_dir data/starcoderdata-raw",
     ),
     Layout(
         "redpajama",
@@ -122,7 +124,8 @@ _ALL = (
         "bos",
         parts={name: f"**/{name}/**/{files}" for name, files in _REDPAJAMA_FILES.items()},
         sample_parts={f"{name}_sample": f"**/{name}_sample.jsonl" for name in _REDPAJAMA_SAMPLE},
-        fetch="gristmill download togethercomputer/RedPajama-Data-1T-Sample --repo_type dataset",
+        fetch="gristmill download togethercomputer/RedPajama-Data-1T-Sample --repo_type dataset "
+        "--out_dir data/RedPajama-Data-1T-Sample",
     ),
     Layout(
         "openwebtext",
@@ -130,7 +133,8 @@ _ALL = (
         "**/*.parquet",
         "records",
         "eos",
-        fetch="gristmill download Skylion007/openwebtext --repo_type dataset",
+        fetch="gristmill download Skylion007/openwebtext --repo_type dataset "
+        "--out_dir data/openwebtext",
     ),
     Layout(
         "tinystories",
@@ -140,7 +144,7 @@ _ALL = (
         "bos",
         text_field="story",
         fetch="gristmill download roneneldan/TinyStories --repo_type dataset "
-        "--pattern TinyStories_all_data.tar.gz",
+        "--pattern TinyStories_all_data.tar.gz --out_dir data/tinystories",
     ),
 )
 

@@ -251,7 +251,7 @@ def test_every_command_names_things_that_exist():
     [
         (["--optimizer.lr", "fast"], r"--optimizer.lr fast does not fit\. It takes a number"),
         (["--overwrite", "perhaps"], r"--overwrite perhaps .* true or false"),
-        (["--data.train_data_path", "x"], r"Add --data TextFiles or --data Jsonl"),
+        (["--data.train_data_path", "x"], r"Add --data with one of: FineWeb, Jsonl, "),
         (["--data", "no.mod:Cls"], r"--data no.mod.Cls cannot be loaded \(No module named 'no'\)"),
     ],
 )
