@@ -84,8 +84,12 @@ class HuggingFaceBackend:
         added = self.library.get_added_tokens_decoder().values()
         if any((token.lstrip or token.rstrip) and not token.special for token in added):
             return False
+        # A normalizer may make a newline a space.
+        marks: set[Mark] = {mark} if self.library.normalizer is None else {mark, " "}
         return self._starts_anew(mark) and not any(
-            reaches_over(token, mark) for token in self.library.get_vocab(with_added_tokens=True)
+            reaches_over(token, each)
+            for token in self.library.get_vocab(with_added_tokens=True)
+            for each in marks
         )
 
     def _starts_anew(self, mark: Mark) -> bool:

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -44,7 +43,7 @@ class _Rule:
 _LINE = re.compile(r"\S\n(?=[^\W\d_])")
 # Before a single space that begins a word.
 _WORD = re.compile(r"\S(?= [^\W\d_])")
-# The first that holds is taken; cutting at words is for tokenizers that know no lines.
+# In this order: words are for texts without lines, and for tokenizers that know none.
 _RULES = (_Rule("\n", _LINE), _Rule(" ", _WORD), _Rule(" ", _WORD, dropped=1))
 
 # Byte-level tokenizers write the bytes that are no visible character of Latin-1 as U+0100 and on.
@@ -153,24 +152,24 @@ def _step(text: str) -> int:
 def _cut(text: str, step: int, rules: Sequence[_Rule]) -> Iterator[tuple[int, int]]:
     """Where pieces of about `step` characters or more begin and end."""
     start = 0
-    while True:
-        found = [(place, rule) for rule in rules if (place := _next(text, start + step, rule)) > 0]
-        if not found:
-            break
-        # Every rule is exact: the first place is as good as any.
-        end, rule = min(found, key=itemgetter(0))
+    while (found := _next_place(text, start + step, max(step, 1000), rules)) is not None:
+        end, dropped = found
         yield start, end
-        start = end + rule.dropped
+        start = end + dropped
     yield start, len(text)
 
 
-def _next(text: str, at: int, rule: _Rule) -> int:
-    """The first place at or after `at` where the rule lets a text be cut, -1 if there is none."""
-    for match in rule.pattern.finditer(text, max(at - 2, 0)):
-        end = match.end()
-        if end >= at and text[end + (rule.mark == " ")].isalpha():
-            return end
-    return -1
+def _next_place(text: str, at: int, window: int, rules: Sequence[_Rule]) -> tuple[int, int] | None:
+    """A place to cut at or after `at`, by the first rule that has one nearby."""
+    while at < len(text):
+        for rule in rules:
+            # A place two characters before the end of the window still has its letter in it.
+            for match in rule.pattern.finditer(text, max(at - 2, 0), at + window + 2):
+                end = match.end()
+                if end >= at and text[end + (rule.mark == " ")].isalpha():
+                    return end, rule.dropped
+        at += window
+    return None
 
 
 def reaches_over(token: str, mark: Mark) -> bool:
