@@ -20,7 +20,7 @@ class DataModule:
 class RawText(DataModule):
     """Options of every module that starts from raw text, prepared into a cache beside it."""
 
-    layout: ClassVar[str]
+    layout: ClassVar[str] = "textfiles"
     """The layout of `gristmill prepare` that the text is read with."""
 
     train_data_path: str

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gristmill.config.data import DataModule, Jsonl, LitData, RawText, TextFiles
+from gristmill.config.data import DataModule, LitData, RawText, Records, TextFiles
 from gristmill.data import layouts, summary
 from gristmill.data.documents import Input
 from gristmill.data.inputs import CACHE, list_inputs, root_of
@@ -118,6 +118,7 @@ def _in_training(error: UserError) -> UserError:
 def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
     tokenizer = Tokenizer.load(tokenizer_dir)
     train = _expanded(data.train_data_path)
+    _check_fetched(data, train)
     if data.val_data_path is not None:
         val = _expanded(data.val_data_path)
         # Training text may be a folder that the validation text lies in.
@@ -134,6 +135,16 @@ def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
 
 def _expanded(path: str) -> str:
     return path if is_url(path) else str(Path(path).expanduser())
+
+
+def _check_fetched(data: RawText, path: str) -> None:
+    """Raise UserError, with the command that fetches it, for a known corpus that is not there."""
+    layout = layouts.get(data.layout)
+    if layout.fetch and not is_url(path) and not Path(path).exists():
+        raise UserError(
+            f"there is no {path}. name the corpus with --data.train_data_path, or fetch it: "
+            f"{layout.fetch} (docs/corpora/{layout.name}.md has the steps)."
+        )
 
 
 def _cached(
@@ -176,9 +187,9 @@ def _is_whole(out: Path, recipe: Recipe) -> bool:
 
 def _recipe(data: RawText, tokenizer: Tokenizer, fraction: float) -> Recipe:
     return recipe_for(
-        layouts.get("jsonl" if isinstance(data, Jsonl) else "textfiles"),
+        layouts.get(data.layout),
         tokenizer,
-        text_field=data.text_field if isinstance(data, Jsonl) else None,
+        text_field=data.text_field if isinstance(data, Records) else None,
         separator=data.separator if isinstance(data, TextFiles) else None,
         bos=data.bos,
         eos=data.eos,
@@ -188,9 +199,8 @@ def _recipe(data: RawText, tokenizer: Tokenizer, fraction: float) -> Recipe:
 
 
 def _inputs(data: RawText, path: str, exclude: str | None) -> list[Input]:
-    pattern = data.pattern if isinstance(data, TextFiles | Jsonl) else "**/*"
     excluded = [p for p in (exclude, data.cache_dir) if p is not None]
-    inputs = list_inputs(path, pattern, exclude=excluded)
+    inputs = list_inputs(path, data.pattern, exclude=excluded)
     if exclude is not None and not is_url(exclude) and Path(exclude).is_file():
         root = root_of(path)
         held = Path(exclude).resolve()
