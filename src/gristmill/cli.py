@@ -37,6 +37,13 @@ COMMANDS = {
         "gristmill.quickstart:quickstart",
         "real text that is on every machine to a small model, in minutes",
     ),
+    "download": Command(
+        "gristmill.config.commands:Download",
+        "gristmill.data.download:download",
+        "fetch a model, a tokenizer or a corpus; goes on where it was cut",
+        ("repo_id",),
+        "gristmill.models.zoo:repositories",
+    ),
     "tokenizer train": Command(
         "gristmill.config.commands:TokenizerTrain",
         "gristmill.data.tokenizer_command:main",

@@ -16,7 +16,7 @@ import xxhash
 from gristmill.config.data_commands import DataInspect
 from gristmill.data.dataset import Dataset
 from gristmill.data.look import find, runs
-from gristmill.data.look.page import Page, columns, counted
+from gristmill.data.look.page import Page, columns, counted, percent
 from gristmill.data.look.places import Places
 from gristmill.data.look.transcript import EDGE, SPECIAL, Transcript, cut, lines
 from gristmill.data.order import samples_per_chunk
@@ -159,7 +159,7 @@ def _show_step(cfg: DataInspect, look: Look) -> None:
     digest = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(batch.tokens, dtype="<i8").data)
     look.page.line(
         f"samples {before:,} to {before + rows - 1:,} of the run · epoch {epoch + 1:,}, "
-        f"{done / stream.num_samples:.1%} of it read before · batch {digest}"
+        f"{percent(done / stream.num_samples)} of it read before · batch {digest}"
     )
     if look.reading and cfg.step > look.reading.total_steps:
         look.page.line(("the run ends before it: this is what would follow", SPECIAL))
@@ -219,8 +219,7 @@ def _show_window(
             shown, whole = _show_text(look, part, room, unlimited=most == 0)
         room -= shown
         if not whole or stop > len(tokens):
-            left = total - start
-            _edge(page, f"… cut here: {left:,} tokens from token {start:,} on are not all shown")
+            _edge(page, f"… cut here, of {total:,} tokens in all: --max_chars 0 shows them")
             return
         if end is None:
             _edge(page, f"document {document:,} goes on")
