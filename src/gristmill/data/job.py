@@ -18,6 +18,7 @@ from gristmill.data.chunks import dtype_for
 from gristmill.data.documents import Input, OnError
 from gristmill.data.executors.array import Array, place
 from gristmill.data.plan import DEFAULT_CHUNK_TOKENS, Recipe
+from gristmill.data.select import load_map
 from gristmill.data.storage import Storage
 from gristmill.tokenizer.engines import Requested
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -54,6 +55,8 @@ def jobs(cfg: Prepare) -> dict[str, Job]:
         raise UserError(
             f"--max_reject_fraction {cfg.max_reject_fraction} is no share. give 0 to 1."
         )
+    if cfg.map is not None:
+        load_map(cfg.map)
     executor = _executor(cfg)
     sets = layouts.sets(layout, pattern=cfg.pattern, split=cfg.split, sample=cfg.sample)
     found = _inputs(source, sets, out)

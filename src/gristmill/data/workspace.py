@@ -162,19 +162,22 @@ class LocalWorkspace(Workspace):
     def locked(self, *, shared: bool = False) -> Iterator[None]:
         """As in `Workspace`; alone, it also clears what killed processes left."""
         file = self._lock(fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        # On a file system without locks scraps are left: they may be somebody's.
-        alone = file is not None and not shared
         try:
-            if alone:
+            # On a file system without locks scraps are left: they may be somebody's.
+            if file is not None and not shared:
                 shutil.rmtree(self.folder / "tmp", ignore_errors=True)
             yield
         finally:
-            if alone:
-                shutil.rmtree(self.folder / "tmp", ignore_errors=True)
-                if not (self.folder / "job.json").exists():
-                    shutil.rmtree(self.folder, ignore_errors=True)
             if file is not None:
-                file.close()
+                with file, contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove scraps, and the whole directory where no job has begun or it is finished."""
+        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        if not (self.folder / "job.json").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _lock(self, how: int) -> IO[str] | None:
         """The locked file, to be closed; None where there are no locks."""

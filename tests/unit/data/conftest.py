@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gristmill.config.commands import Prepare
 from gristmill.data import plan
 from gristmill.data.prepare import prepare
+from gristmill.data.workspace import JOB
 
 WORDS = (Path(__file__).read_text(encoding="utf-8") + " été naïve 中文 🙂 forêt").split()
 
@@ -27,6 +28,7 @@ def save_tokenizer(
 ) -> Path:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     special = [token for token in (bos, eos) if token]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -98,9 +100,9 @@ def run_prepare(tokenizer_dir: Path) -> Preparation:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and its bytes."""
+    """Every file below a folder and its bytes, without the note of when inputs were changed."""
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name != JOB
     }

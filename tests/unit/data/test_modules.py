@@ -48,25 +48,13 @@ def test_a_raw_folder_is_prepared_once_and_split(novels, tokenizer_dir, preparat
 
 
 def test_an_unchanged_folder_is_not_read_again(novels, tokenizer_dir, monkeypatch):
-    for path in novels.rglob("*.txt"):
-        os.utime(path, ns=(1, 1))
-    monkeypatch.setattr(modules, "_SETTLED_NS", -(10**12))
     first = open_datasets(text_files(novels), tokenizer_dir)
     monkeypatch.setattr(modules, "make_plan", None)  # reading the inputs would fail
     assert open_datasets(text_files(novels), tokenizer_dir) == first
 
 
-def test_a_file_changed_a_moment_ago_is_read_again(novels, tokenizer_dir):
-    """Within one tick of the clock a second change could not be seen in the times."""
-    open_datasets(text_files(novels), tokenizer_dir)
-    assert not (novels / ".gristmill" / "known").exists()
-
-
 @pytest.mark.parametrize("change", ["contents", "new file", "removed", "tokenizer", "option"])
-def test_whatever_changes_is_prepared_anew(
-    change, novels, tokenizer_dir, preparations, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(modules, "_SETTLED_NS", -(10**12))
+def test_whatever_changes_is_prepared_anew(change, novels, tokenizer_dir, preparations, tmp_path):
     data = text_files(novels)
     first = open_datasets(data, tokenizer_dir)
     path = novels / "a" / "03.txt"

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from gristmill.config.commands import Prepare
-from gristmill.data import executors, finalize, prepare, units, workspace
+from gristmill.config.commands import Prepare, RayCluster
+from gristmill.data import finalize, parts, prepare, units, workspace
 from gristmill.data.dataset import Dataset
+from gristmill.data.executors import local, work
+from gristmill.data.storage import Storage
+from gristmill.data.workspace import JOB, LocalWorkspace, Workspace
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import Interrupted, RunError, UserError
 
@@ -101,28 +106,33 @@ class Killed(BaseException):
 
 
 STEPS = [
-    (units, "write_chunk"),
+    (parts, "write_chunk"),
     (workspace, "_rename_new"),
-    (workspace, "write_atomic"),
+    (Storage, "write"),
+    (Storage, "create"),
+    (Storage, "put"),
+    (LocalWorkspace, "place"),
     (prepare, "finalize"),
-    (finalize, "_place"),
     (finalize, "_finish_split"),
     (finalize, "index_json"),
-    (finalize, "write_atomic"),
-    (shutil, "copytree"),
     (os, "replace"),
     (shutil, "rmtree"),
 ]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Units run here, where they can be watched and disturbed."""
+    monkeypatch.setattr(local, "run", lambda t, u, n, p: local.run_here(t, u, p))
 
 
 @pytest.mark.parametrize(
     ("module", "name"), STEPS, ids=lambda value: getattr(value, "__name__", value)
 )
 def test_killed_at_any_step_the_same_command_finishes(
-    module, name, run_prepare, novels, tmp_path, small_units, monkeypatch
+    module, name, run_prepare, novels, tmp_path, small_units, monkeypatch, in_this_process
 ):
     """Killed before and after each call of a step that leaves traces, then run again."""
-    monkeypatch.setattr(prepare, "run_local", lambda s, r, u, n, p: executors.run_here(s, r, u, p))
     options = {"val_fraction": 0.1, "chunk_tokens": 2048}
     undisturbed = tree(run_prepare("textfiles", novels, tmp_path / "calm", **options))
     step = getattr(module, name)
@@ -154,10 +164,9 @@ def test_killed_at_any_step_the_same_command_finishes(
 
 
 def test_unfinished_work_is_no_dataset_and_is_continued(
-    run_prepare, novels, tmp_path, small_units, monkeypatch, capsys
+    run_prepare, novels, tmp_path, small_units, monkeypatch, capsys, in_this_process
 ):
-    monkeypatch.setattr(prepare, "run_local", lambda s, r, u, n, p: executors.run_here(s, r, u, p))
-    ran, run_unit = [], executors.run_unit
+    ran, run_unit = [], work.run_unit
 
     def third_fails(plan, unit, *args):
         if len(ran) == 3:
@@ -165,7 +174,7 @@ def test_unfinished_work_is_no_dataset_and_is_continued(
         ran.append(unit)
         return run_unit(plan, unit, *args)
 
-    monkeypatch.setattr(executors, "run_unit", third_fails)
+    monkeypatch.setattr(work, "run_unit", third_fails)
     out = tmp_path / "out"
     with pytest.raises(
         Interrupted, match=r"3 of \d+ parts are done. the same command goes on"
@@ -176,7 +185,7 @@ def test_unfinished_work_is_no_dataset_and_is_continued(
         Dataset.open(out)
     with pytest.raises(UserError, match="unfinished work of another job"):
         run_prepare("textfiles", novels, out, seed=1)
-    monkeypatch.setattr(executors, "run_unit", lambda p, u, *a: (ran.append(u), run_unit(p, u, *a)))
+    monkeypatch.setattr(work, "run_unit", lambda p, u, *a: (ran.append(u), run_unit(p, u, *a)))
     run_prepare("textfiles", novels, out)
     assert "going on: 3 of" in capsys.readouterr().err
     assert sorted(ran) == list(range(len(ran)))
@@ -287,7 +296,7 @@ def test_a_long_document_goes_on_in_the_next_chunk(run_prepare, tmp_path, tokeni
 
 def test_blocks_shuffle_in_bounded_memory(run_prepare, records, tmp_path, monkeypatch):
     whole = documents(run_prepare("jsonl", records, tmp_path / "whole"))
-    monkeypatch.setattr(units, "_BLOCK_TOKENS", 2000)
+    monkeypatch.setattr(parts, "_BLOCK_TOKENS", 2000)
     monkeypatch.setattr(units, "_BATCH_TEXTS", 7)
     blocks = documents(run_prepare("jsonl", records, tmp_path / "blocks"))
     assert sorted(blocks) == sorted(whole)
@@ -328,10 +337,9 @@ def test_too_little_space_is_refused_before_the_start(run_prepare, records, tmp_
 
 
 def test_a_disk_that_fills_up_keeps_what_is_done(
-    run_prepare, novels, tmp_path, monkeypatch, small_units
+    run_prepare, novels, tmp_path, monkeypatch, small_units, in_this_process
 ):
-    monkeypatch.setattr(prepare, "run_local", lambda s, r, u, n, p: executors.run_here(s, r, u, p))
-    write, written = units.write_chunk, []
+    write, written = parts.write_chunk, []
 
     def full(path, *args, **kwargs):
         if len(written) == 2:
@@ -340,13 +348,13 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
         written.append(path)
         return write(path, *args, **kwargs)
 
-    monkeypatch.setattr(units, "write_chunk", full)
+    monkeypatch.setattr(parts, "write_chunk", full)
     out = tmp_path / "out"
     with pytest.raises(RunError, match=r"no space left for .* GB free\).*what is done is kept"):
         run_prepare("textfiles", novels, out)
     assert not (out / workspace.NAME / "tmp").exists()
     assert len(list((out / workspace.NAME / "units").iterdir())) == 2
-    monkeypatch.setattr(units, "write_chunk", write)
+    monkeypatch.setattr(parts, "write_chunk", write)
     run_prepare("textfiles", novels, out)
     assert len(documents(out)) == 12
 
@@ -364,46 +372,171 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
         ({"num_workers": 0}, "--num_workers 0 is too few"),
         ({"bos": 400}, "--bos 400 is no id of the tokenizer"),
         ({"text_field": "content"}, r"no field 'content'; fields: id, text\)"),
+        ({"separator": "x"}, "--separator 'x' parts text files; in jsonl a record is a document"),
         ({"layout": "textfiles", "separator": ""}, "--separator is empty"),
         ({"layout": "textfiles"}, r"no file under .* matches '\*\*/\*\.txt' \(there: 1 \.jsonl\)"),
+        ({"layout": "textfiles", "text_field": "body"}, "--text_field body speaks of fields"),
+        ({"layout": "textfiles", "filter": {"a": 1}}, "--filter .* speaks of fields"),
+        ({"sample": True}, "--sample is for redpajama"),
+        ({"split": "train"}, "--split 'train' is not known to jsonl"),
+        ({"rank": 0}, "--rank is for --executor array; this is local"),
+        ({"ray": RayCluster(num_cpus=2)}, "--ray is for --executor ray; this is local"),
+        ({"executor": "ray", "num_workers": 2}, "--num_workers 2 is for processes of this machine"),
+        ({"executor": "array", "rank": 0, "world": 2, "overwrite": True}, "--overwrite cannot be"),
+        ({"executor": "array", "rank": 2, "world": 2}, "--rank 2 is not in a --world of 2"),
+        ({"layout": "status", "output_dir": None}, "which output"),
     ],
     ids=str,
 )
 def test_wrong_options(options, message, run_prepare, records, tmp_path):
-    base = {"layout": "jsonl", "input_dir": str(records.parent), "num_workers": 1}
+    base = {"layout": "jsonl", "input_dir": str(records.parent)}
     base |= {"output_dir": str(tmp_path / "out"), "tokenizer_dir": str(run_prepare.tokenizer_dir)}
     if options.get("layout") == "textfiles" and "separator" in options:
         options = options | {"pattern": "*.jsonl"}
     with pytest.raises(UserError, match=message):
         prepare.prepare(Prepare(**base | options))
+    assert not (tmp_path / "out").exists()
 
 
 def test_layouts_are_listed(capsys):
     for layout in (None, "list"):
         prepare.prepare(Prepare(layout=layout))
-        assert capsys.readouterr().out == "textfiles\njsonl\n"
+        assert capsys.readouterr().out.startswith("textfiles\njsonl\n")
 
 
-def test_a_worker_reports_errors_of_both_kinds(
-    run_prepare, novels, tmp_path, small_units, monkeypatch
+def test_input_and_output_may_not_overlap_the_wrong_way(run_prepare, novels, tmp_path):
+    with pytest.raises(UserError, match="lies in the output"):
+        run_prepare("textfiles", novels / "a", novels)
+    with pytest.raises(UserError, match="lies in the output"):
+        run_prepare("textfiles", novels, novels)
+    inside = run_prepare("textfiles", novels, novels / "a" / "out")
+    calm = tree(run_prepare("textfiles", novels, tmp_path / "out"))
+    assert tree(inside) == calm
+    again = run_prepare("textfiles", novels, tmp_path / "again")
+    assert tree(again) == calm, "an output was taken for input"
+
+
+def test_an_output_that_cannot_be_written(run_prepare, records, tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file" / "out", Path("/proc/gristmill")):
+        with pytest.raises(UserError, match=r"cannot write in .*name another --output_dir"):
+            run_prepare("jsonl", records, place)
+
+
+def test_touched_inputs_are_another_job(run_prepare, records, tmp_path):
+    out = run_prepare("jsonl", records, tmp_path / "out")
+    os.utime(records, ns=(5, 5))
+    with pytest.raises(UserError, match=r"of another job: input files have changed since"):
+        run_prepare("jsonl", records, out)
+    (out / JOB).unlink()  # a copy without the hidden file
+    run_prepare("jsonl", records, out)
+
+
+def test_unfinished_work_of_another_job_is_replaced(
+    run_prepare, novels, tmp_path, small_units, monkeypatch, in_this_process
 ):
-    """What goes wrong in a worker process is raised here under its own type."""
+    out = tmp_path / "out"
+
+    def stopped(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "finalize", stopped)
+        with pytest.raises(Killed):
+            run_prepare("textfiles", novels, out, seed=1)
+    run_prepare("textfiles", novels, out, overwrite=True)
+    assert tree(out) == tree(run_prepare("textfiles", novels, tmp_path / "calm"))
+
+
+def test_sets_become_datasets_of_their_own(run_prepare, tmp_path, capsys):
+    corpus = tmp_path / "corpus"
+    for name, file in (("arxiv", "arxiv_0.jsonl"), ("book", "book.jsonl")):
+        (corpus / name).mkdir(parents=True)
+        (corpus / name / file).write_text(json.dumps({"text": f"words of {name}"}) + "\n")
+    out = run_prepare("redpajama", corpus, tmp_path / "out")
+    for name in ("arxiv", "book"):
+        assert Dataset.open(out / name).num_documents == 1
+    assert sorted(path.name for path in out.iterdir()) == ["arxiv", "book"]
+    with pytest.raises(UserError, match="holds none of the sets"):
+        run_prepare("redpajama", corpus, tmp_path / "none", sample=True)
+    prepare.prepare(Prepare(layout="status", output_dir=str(out)))
+    assert capsys.readouterr().out.count("finished: ") == 2
+
+
+def change_after_planning(monkeypatch, path):
     make_plan = prepare.make_plan
 
     def then_changes(*args):
         plan = make_plan(*args)
-        path = novels / "a" / "01.txt"
         path.write_text(path.read_text().upper())
         return plan
 
     monkeypatch.setattr(prepare, "make_plan", then_changes)
-    with pytest.raises(RunError, match=r"01\.txt has changed while it was being prepared"):
-        run_prepare("textfiles", novels, tmp_path / "out", num_workers=2)
 
 
-def test_a_unit_whose_worker_always_dies_is_named(
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_damaged_input_costs_its_unit_only(
+    num_workers, run_prepare, novels, tmp_path, small_units, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        change_after_planning(patch, novels / "a" / "01.txt")
+        with pytest.raises(RunError, match=r"(?s)1 of \d+ parts .*a/01\.txt.* has changed"):
+            run_prepare("textfiles", novels, out, num_workers=num_workers)
+    stored = Workspace.open(Storage(out)).stored()
+    assert len(list((out / workspace.NAME / "units").iterdir())) == stored["units"] - 1
+    assert not (out / "manifest.json").exists()
+
+
+def test_damaged_inputs_are_quarantined_within_the_budget(
+    run_prepare, records, tmp_path, small_units
+):
+    folder = records.parent
+    packed = gzip.compress(records.read_bytes())
+    (folder / "cut.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(RunError, match=r"(?s)1 of \d+ parts .*cut\.jsonl\.gz"):
+        run_prepare("jsonl", folder, tmp_path / "out")
+    with pytest.raises(UserError, match=r"1 damaged inputs .*--max_reject_fraction"):
+        run_prepare("jsonl", folder, tmp_path / "out", on_error="quarantine")
+    options = {"on_error": "quarantine", "max_reject_fraction": 0.9}
+    out = run_prepare("jsonl", folder, tmp_path / "out", **options)
+    assert Dataset.open(out).num_documents == 300
+    ((path, _),) = Dataset.open(out).manifest.source.quarantined
+    assert path == "cut.jsonl.gz"
+    assert "cut.jsonl.gz" in (out / "rejects.jsonl").read_text()
+
+
+def test_the_first_bad_document_ends_the_job_if_asked(run_prepare, novels, tmp_path, small_units):
+    (novels / "a" / "image.txt").write_bytes(b"\x89PNG\0\0")
+    with pytest.raises(UserError, match=r"image\.txt .*binary") as error:
+        run_prepare("textfiles", novels, tmp_path / "out", on_error="fail", num_workers=2)
+    assert error.value.fix == {"--on_error": "skip"}
+
+
+def test_a_unit_that_kills_its_worker_is_left_out(
     run_prepare, novels, tmp_path, small_units, monkeypatch
 ):
+    (tmp_path / "poison.py").write_text(
+        "import os\n"
+        "def taste(texts):\n"
+        "    if any('POISON' in text for text in texts) and 'DRIVER' not in os.environ:\n"
+        "        os._exit(9)\n"
+        "    return [True for _ in texts]\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (novels / "a" / "05.txt").write_text("POISON " * 2000)
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match=r"(?s)1 of \d+ parts .*a/05\.txt.*died 3 times .*code 9"):
+        run_prepare("textfiles", novels, out, num_workers=2, map="poison:taste")
+    missing = Workspace.open(Storage(out)).stored()["units"] - 1
+    assert len(list((out / workspace.NAME / "units").iterdir())) == missing
+    monkeypatch.setenv("DRIVER", "1")
+    run_prepare("textfiles", novels, out, num_workers=2, map="poison:taste")
+    assert len(documents(out)) == 12
+
+
+def test_no_worker_can_start(run_prepare, novels, tmp_path, small_units, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(RunError, match=r"the worker for unit \d died 3 times \(exit code 1"):
+    with pytest.raises(RunError, match=r"no worker process can start \(exit code 1"):
         run_prepare("textfiles", novels, tmp_path / "out", num_workers=1)

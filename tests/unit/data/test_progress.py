@@ -7,6 +7,7 @@ import pytest
 from gristmill.data import progress, summary
 from gristmill.data.dataset import Dataset
 from gristmill.data.progress import Meter, duration
+from gristmill.data.storage import Storage
 from gristmill.data.units import Progress
 
 
@@ -36,9 +37,36 @@ def test_plain_lines_now_and_then(monkeypatch, capsys):
         clock.now += 5
         # Its size was overestimated: what is committed counts as done.
         meter.update(3, Progress(30_000_000, 20, 6_000_000, committed=True))
-        meter.update(4, Progress(10_000_000, 5, 2_000_000))
+        assert len(capsys.readouterr().err.splitlines()) == 1
+        clock.now += 10
+        meter.update(4, Progress(10_000_000, 5, 2_000_000, rejects=3))
         (line,) = capsys.readouterr().err.splitlines()
-    assert line == ("preparing  40% | 20 documents | 30 MB | 6.0 M tokens | 3.0 MB/s | 15 s left")
+    assert line == (
+        "preparing  50% | 1 of 2 parts | 25 documents | 40 MB | 8.0 M tokens | 0.40 M tokens/s | "
+        "20 s left | 3 rejects"
+    )
+
+
+def test_the_time_left_follows_the_speed_of_late(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    with Meter({0: 1000}) as meter:
+        for second in range(100):
+            clock.now += 1
+            meter.update(0, Progress(10 if second < 30 else 10 + (second - 30) * 5, 1, 1))
+        lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("preparing  36%")  # 5 bytes a second for the last minute
+    assert "2 min 9 s left" in lines[-1]
+
+
+def test_a_unit_that_is_run_again_is_not_counted_twice(monkeypatch, capsys):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
+    with Meter({0: 100, 1: 100}) as meter:
+        meter.update(0, Progress(90, 9, 30))  # its worker dies
+        clock.now += 10
+        meter.update(0, Progress(50, 5, 20))
+    assert "preparing  25% | 0 of 2 parts | 5 documents" in capsys.readouterr().err
 
 
 def test_a_live_line_on_a_terminal(monkeypatch):
@@ -57,7 +85,7 @@ def test_a_live_line_on_a_terminal(monkeypatch):
 def test_the_summary_names_what_was_made(run_prepare, records, tmp_path):
     out = run_prepare("jsonl", records, tmp_path / "out", val_fraction=0.2)
     made = {name: Dataset.open(out / name).manifest for name in ("train", "val")}
-    text = summary.text(out, made, 2.0)
+    text = summary.text(Storage(out), made, 2.0)
     assert f"val:   {made['val'].totals.tokens:,} tokens in {out / 'val'}" in text
     assert text.endswith(f"--data.data_path {out}")
-    assert "Next" not in summary.text(out, made, 2.0, following=False)
+    assert "Next" not in summary.text(Storage(out), made, 2.0, following=False)

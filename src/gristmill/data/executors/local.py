@@ -52,14 +52,24 @@ def run(
     failures: list[Failure] = []
     messages: queue.SimpleQueue[tuple[_Worker, _Message]] = queue.SimpleQueue()
     workers: set[_Worker] = set()
+    some_started = False
     try:
         while waiting or workers:
             while waiting and len(workers) < num_workers:
                 workers.add(_Worker(task, waiting.popleft(), messages))
             worker, message = messages.get()
+            some_started = some_started or message is not None
             if message is None:
                 workers.discard(worker)
-                failures += _after_death(worker, deaths, waiting)
+                gone = _after_death(worker, deaths, waiting)
+                if gone and not some_started:
+                    raise RunError(
+                        f"no worker process can start (exit code {worker.process.poll()}; -9 often "
+                        "means that memory ran out). what they say is above."
+                    )
+                failures += gone
+            elif "ready" in message:
+                pass
             elif "error" in message:
                 raise _ERRORS.get(message["error"], RunError)(message["text"], *message["fix"])
             elif "failed" in message:
@@ -161,6 +171,7 @@ def _serve(task: Task) -> None:
         from gristmill.data.executors.work import Work
 
         work = Work(task)
+        _send(messages, ready=True)
         while True:
             _run_reporting(work, units.get(), messages)
     except UserError as error:

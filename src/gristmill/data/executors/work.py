@@ -13,7 +13,9 @@ from gristmill.data.units import Engine, Progress, run_unit
 from gristmill.data.workspace import Workspace
 from gristmill.tokenizer.engines import open_engine
 from gristmill.tokenizer.tokenizer import Tokenizer
-from gristmill.util.errors import RunError
+from gristmill.util.errors import RunError, UserError
+
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
 
 class Work:
@@ -48,8 +50,13 @@ class Work:
         report(replace(latest, committed=True))
 
 
-def write_error(error: OSError, out: Storage) -> RunError:
+def write_error(error: OSError, out: Storage) -> UserError | RunError:
     """What to tell the user about a failed write below `out`."""
+    if error.errno in _FORBIDDEN:
+        return UserError(
+            f"cannot write in {out.root} ({error.strerror or error}). "
+            "name another --output_dir, or make it writable."
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT) and out.is_local:
         status = os.statvfs(out.path)
         free = status.f_bavail * status.f_frsize
