@@ -123,9 +123,10 @@ def test_a_killed_copy_is_finished_by_the_same_command_only(tmp_path, monkeypatc
         return replace(source, target)
 
     replace = os.replace
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", kill)
-        do(folder, output_dir=str(out), copy=True)
+        with pytest.raises(Killed):
+            do(folder, output_dir=str(out), copy=True)
     assert (out / adopt.MARK).exists()
     with pytest.raises(UserError, match="is not empty"):
         do(folder, output_dir=str(out))

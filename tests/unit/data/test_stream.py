@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gristmill.data.dataset import Dataset
 from gristmill.data.stream import TokenStream
 from gristmill.util.errors import UserError
+
 from .datasets import make_dataset
 
 SEQ_LEN = 7
