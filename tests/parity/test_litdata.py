@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gristmill.cli import main
 from gristmill.config.commands import Prepare
 from gristmill.data.dataset import Dataset
 from gristmill.data.prepare import prepare
@@ -41,8 +42,9 @@ def documents(n):
 if __name__ == "__main__":
     loader = {"item_loader": TokensLoader()} if sys.argv[2] == "tokens" else {}
     size = {"chunk_size": 500} if loader else {"chunk_bytes": "64MB"}
+    compression = None if sys.argv[3] == "None" else sys.argv[3]
     optimize(fn=documents, inputs=list(range(40)), output_dir=sys.argv[1], num_workers=1, **size,
-             **loader)
+             compression=compression, **loader)
 """
 
 
@@ -81,8 +83,32 @@ def save_tokenizer(path: Path, first_id: int) -> None:
     tokenizer.save(str(path))
 
 
+def blocks_of(dataset: Dataset, block: int = 33) -> list[list[int]]:
+    """What litdata's token loader makes of these chunks."""
+    return [
+        dataset.map(n).tokens[start : start + block].tolist()
+        for n, chunk in enumerate(dataset.chunks)
+        for start in range(0, chunk.tokens - block + 1, block)
+    ]
+
+
+def documents_of(dataset: Dataset) -> list[list[int]]:
+    documents = []
+    for number in range(len(dataset.chunks)):
+        mapped = dataset.map(number)
+        starts = [0, *mapped.ends[:-1].tolist()]
+        documents += [
+            mapped.tokens[a:b].tolist() for a, b in zip(starts, mapped.ends.tolist(), strict=True)
+        ]
+    return documents
+
+
+WRITTEN = [list(range(n * 100, n * 100 + 3 * n + 1)) for n in range(40)]
+
+
+@pytest.mark.parametrize("val_fraction", [0.0, 0.2])
 @pytest.mark.parametrize("first_id", [0, 65_500], ids=["uint16", "uint32"])
-def test_litdata_reads_what_we_write(litdata, tmp_path, first_id):
+def test_litdata_reads_what_we_write(litdata, tmp_path, first_id, val_fraction):
     source = tmp_path / "text.jsonl"
     lines = [json.dumps({"text": f"{n} " + "word " * (n % 50)}) for n in range(400)]
     source.write_text("\n".join(lines))
@@ -97,42 +123,47 @@ def test_litdata_reads_what_we_write(litdata, tmp_path, first_id):
             engine="tokenizers",
             num_workers=1,
             chunk_tokens=8192,
+            val_fraction=val_fraction,
         )
     )
-    dataset = Dataset.open(out)
-    assert dataset.dtype == ("uint32" if first_id else "uint16")
-    assert len(dataset.chunks) > 3
-    block = 33
-    found = json.loads(litdata(tmp_path, READ, out, block))
-    expected = [
-        dataset.map(n).tokens[start : start + block].tolist()
-        for n, chunk in enumerate(dataset.chunks)
-        for start in range(0, chunk.tokens - block + 1, block)
-    ]
-    assert found == expected
-    assert sum(map(len, found)) > 0.95 * dataset.num_tokens
+    for folder in [out / "train", out / "val"] if val_fraction else [out]:
+        dataset = Dataset.open(folder)
+        assert dataset.dtype == ("uint32" if first_id else "uint16")
+        assert len(dataset.chunks) > 3 * (folder.name != "val")
+        found = json.loads(litdata(tmp_path, READ, folder, 33))
+        assert found == blocks_of(dataset)
+        assert sum(map(len, found)) > 0.95 * dataset.num_tokens
 
 
 def test_we_read_what_litdata_writes(litdata, tmp_path):
     out = tmp_path / "out"
-    litdata(tmp_path, WRITE, out, "tokens")
+    litdata(tmp_path, WRITE, out, "tokens", None)
     dataset = Dataset.open(out)
     assert dataset.dtype == "int32"
     assert dataset.num_documents == 40
-    documents = []
-    for number in range(len(dataset.chunks)):
-        mapped = dataset.map(number)
-        starts = [0, *mapped.ends[:-1].tolist()]
-        documents += [
-            mapped.tokens[a:b].tolist() for a, b in zip(starts, mapped.ends.tolist(), strict=True)
-        ]
-    assert sorted(documents) == [list(range(n * 100, n * 100 + 3 * n + 1)) for n in range(40)]
+    assert sorted(documents_of(dataset)) == WRITTEN
     assert dataset.num_token_ids == 39 * 100 + 3 * 39 + 1
     assert TokenStream(dataset, 16, seed=1).batch(0, 8).valid.all()
 
 
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_what_is_imported_is_read_by_both(litdata, tmp_path, compression):
+    """In place where it can be, linked, copied, and from the folders of two nodes."""
+    for node in ("node-0", "node-1"):
+        litdata(tmp_path, WRITE, tmp_path / "train" / node, "tokens", compression)
+    kinds = {"copy": ("--copy",), "link": (), "place": ()}
+    for kind in ("copy",) if compression else kinds:
+        out = tmp_path / ("train" if kind == "place" else kind)
+        place = ["--output_dir", str(out)] if kind != "place" else []
+        assert main(["data", "import", str(tmp_path / "train"), *place, *kinds[kind]]) == 0
+        dataset = Dataset.open(out)
+        assert sorted(documents_of(dataset)) == sorted(WRITTEN * 2)
+        assert main(["data", "verify", str(out)]) == 0
+        assert json.loads(litdata(tmp_path, READ, out, 33)) == blocks_of(dataset)
+
+
 def test_what_litdata_writes_without_its_token_loader_is_explained(litdata, tmp_path):
     out = tmp_path / "out"
-    litdata(tmp_path, WRITE, out, "items")
+    litdata(tmp_path, WRITE, out, "items", None)
     with pytest.raises(UserError, match=r"without item_loader=TokensLoader\(\) \(dim is null\)"):
         Dataset.open(out)
