@@ -260,12 +260,22 @@ def make_plan(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> Plan:
     """
     if recipe.fast_dev_run:
         inputs = _spread(inputs)
-    val_inputs = _validation(recipe, inputs)
     sample_texts(recipe, root, inputs)  # a wrong field is found before much is read
-    units = Units(*_cut(recipe, root, inputs))
     total = FAST_DEV_BYTES if recipe.fast_dev_run else sum(map(weight, inputs))
     split = plan_split(_texts(recipe, root, inputs), recipe.val_fraction, recipe.seed, total)
-    return Plan(recipe, tuple(inputs), units, split, val_inputs)
+    return lay_out(recipe, inputs, split, lambda item: _text_size(root, item))
+
+
+def lay_out(
+    recipe: Recipe,
+    inputs: Sequence[Input],
+    split: Split,
+    text_size: Callable[[Input], int] | None = None,
+) -> Plan:
+    """The plan for these inputs, of which none is read; `text_size` is asked about compressed ones
+    where files are few."""
+    units = Units(*_cut(recipe, inputs, text_size or weight))
+    return Plan(recipe, tuple(inputs), units, split, _validation(recipe, inputs))
 
 
 def _spread(inputs: Sequence[Input]) -> Sequence[Input]:
@@ -305,20 +315,18 @@ def _span_ratio(item: Input) -> int:
     return 1 if suffix in (".gz", ".zst") else _TEXT_PER_BYTE.get(suffix, 1)
 
 
-def _cut(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> tuple[Int64s, Int64s]:
-    """Where units start, and the spans of all: of about equal size where inputs can be parted."""
+def _cut(
+    recipe: Recipe, inputs: Sequence[Input], text_size: Callable[[Input], int]
+) -> tuple[Int64s, Int64s]:
+    """Where units start, and the spans of all: of about equal size where inputs can be parted.
+
+    Neighbouring spans are together until they make a unit.
+    """
     if recipe.fast_dev_run:
-        spans = [(number, 0, -1) for number in range(len(inputs))]
-        return _int64([0, len(spans)]), _int64(spans)
+        everything = [(number, 0, -1) for number in range(len(inputs))]
+        return _int64([0, len(inputs)]), _int64(everything)
     total = sum(map(weight, inputs))
     unit_bytes = max(_MIN_UNIT_BYTES, min(MAX_UNIT_BYTES, total // _UNITS_WANTED))
-    return cut(recipe, inputs, unit_bytes, lambda item: _text_size(root, item))
-
-
-def cut(
-    recipe: Recipe, inputs: Sequence[Input], unit_bytes: int, text_size: Callable[[Input], int]
-) -> tuple[Int64s, Int64s]:
-    """Spans of about `unit_bytes` of text, neighbours together until they make a unit."""
     form = recipe.format
     most = min(_MAX_PARTS, -(-_FEW_FILES // max(1, len(inputs))))
     starts, filled = [0], 0

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from itertools import groupby
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data.split import BLOCK_BYTES, VAL, blocks, plan_split
+from gristmill.data import split as module
+from gristmill.data.split import BLOCK_BYTES, VAL, Split, blocks, plan_split, streamed_blocks
 from gristmill.util.errors import UserError
 
 from .conftest import make_text
@@ -30,6 +33,30 @@ def test_blocks_end_at_lines_or_spaces():
     assert list(blocks("x" * 30, 12)) == ["x" * 12, "x" * 18]
 
 
+@settings(max_examples=30)
+@given(st.lists(st.text(alphabet="ab \n", max_size=60), max_size=20), st.integers(4, 50))
+def test_blocks_do_not_depend_on_the_pieces_a_text_comes_in(pieces, size):
+    assert list(streamed_blocks(pieces, size)) == list(blocks("".join(pieces), size))
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 100_000, 10**7])
+@pytest.mark.parametrize("split", [Split(1, 2**63, 4096), Split(1, 2**63, 0), Split(1, -1, 4096)])
+def test_a_long_document_is_split_as_a_whole_one(monkeypatch, split, piece):
+    monkeypatch.setattr(module, "HEAD_CHARS", len(NOVEL))
+    pieces = (NOVEL[at : at + piece] for at in range(0, len(NOVEL), piece))
+    found = groupby(split.long_sides(pieces), key=lambda part: part[0])
+    assert [(side, "".join(text for _, text in run)) for side, run in found] == split.sides(NOVEL)
+
+
+def test_a_long_document_goes_by_its_beginning(monkeypatch):
+    monkeypatch.setattr(module, "HEAD_CHARS", 1000)
+    split = Split(1, 2**63, 0)
+    for n in range(10):
+        text = f"{n} {NOVEL}"
+        sides = {side for side, _ in split.long_sides([text[:700], text[700:5000], text[5000:]])}
+        assert sides == {split.side(text[:1000])}
+
+
 def test_a_single_novel_is_split():
     split = plan_split([NOVEL], 0.05, 1, len(NOVEL))
     parts = split.sides(NOVEL)
@@ -44,6 +71,25 @@ def test_both_sides_get_something_of_a_small_text(fraction):
     text = make_text(2, 1500)
     size = sum(map(len, held(plan_split([text], fraction, 1, len(text)), [text])))
     assert 0 < size < len(text)
+
+
+def test_of_a_very_large_text_the_beginning_tells_how_it_is_split():
+    read = 0
+
+    def books(size):
+        nonlocal read
+        for n in range(900):
+            read = n
+            yield f"{n} {NOVEL[n:]}"[:size]
+
+    few = plan_split(books(10**6), 0.1, 1, 400 * len(NOVEL))
+    assert (few.block_bytes, few.highest) == (BLOCK_BYTES, int(0.1 * 2**64) - 1)
+    assert read < 300
+    many = plan_split(books(10**6), 0.1, 1, 4000 * len(NOVEL))
+    assert (many.block_bytes, many.highest) == (0, few.highest)
+    # So small a share must be chosen among all.
+    plan_split(books(10**6), 0.0001, 1, 900 * len(NOVEL))
+    assert read == 899
 
 
 def test_many_documents_are_parted_whole_and_duplicates_together():
