@@ -42,6 +42,17 @@ def run_child(command: Sequence[str], log: Path, env: Mapping[str, str] | None =
     return Child(time.perf_counter() - started, usage.ru_maxrss * scale)
 
 
+def high_water(pid: int) -> int:
+    """Largest resident memory of a process so far (Linux)."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, 10th and 90th percentile."""
     tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else []

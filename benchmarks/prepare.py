@@ -36,7 +36,7 @@ from pathlib import Path
 import orjson
 import psutil
 import zstandard
-from _common import environment, print_table, run_child, spread, versions
+from _common import environment, high_water, print_table, run_child, spread, versions
 
 from gristmill.data.manifest import read
 
@@ -194,17 +194,6 @@ def children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def high_water(pid: int) -> int:
-    """Largest resident memory of a process so far (Linux)."""
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
 
 
 def bare(args: argparse.Namespace, engine: str, folder: Path) -> Figure:
