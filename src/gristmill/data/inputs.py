@@ -126,7 +126,8 @@ def _local(root: Storage, exclude: Sequence[str | Path]) -> Iterator[tuple[str, 
     waiting = [("", top)]
     while waiting:
         below, real_folder = waiting.pop()
-        folders, files = [], []
+        folders: list[tuple[str, str]] = []
+        files: list[tuple[str, str]] = []
         for entry in _scanned(root.at(below.rstrip("/"))):
             if entry.name.startswith("."):
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,7 +39,7 @@ class Selection:
     rules: tuple[Rule, ...]
 
     @classmethod
-    def from_settings(cls, filters: dict[str, Any]) -> Selection:
+    def from_settings(cls, filters: Mapping[str, Any]) -> Selection:
         """The selection that {"a.b": value or {"in"|"not_in": [...], "min"|"max": x}} declares.
 
         A record without the field is kept by not_in and left out by the others. Raises UserError.
