@@ -36,6 +36,8 @@ from gristmill.data.workspace import JOB, Workspace, check_replaceable, datasets
 from gristmill.tokenizer.engines import EngineChoice, choose_engine
 from gristmill.util.errors import Interrupted, RunError, UserError
 
+_SHOWN_FAILURES = 10
+
 Made = dict[str, Manifest]
 """The finished datasets of a job by split name ("" when there is no split)."""
 
@@ -80,7 +82,7 @@ def build(plan: Plan, job: Job) -> Made:
             # Another process may have finished it since.
             made = finished(plan, space.out, overwrite=job.overwrite)
             if not made:
-                _raise(failures, plan, job)
+                _raise(failures, plan)
                 if left := _missing(plan, space):
                     print(_not_the_last(job, len(left), plan))
                     return {}
@@ -203,22 +205,22 @@ def _anywhere(storage: Storage) -> str:
     return os.path.abspath(storage.root) if storage.is_local else storage.root
 
 
-def _raise(failures: Sequence[Failure], plan: Plan, job: Job) -> None:
+def _raise(failures: Sequence[Failure], plan: Plan) -> None:
     """Raise RunError when units could not be done, with their files."""
     if not failures:
         return
-    lines = []
-    for failure in failures[:10]:
+    lines = {}
+    for failure in failures:
         paths = [plan.inputs[span.input].path for span in plan.units[failure.unit]]
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        lines.append(f"  {', '.join(paths[:3])}{more}: {failure.message}")
-    if len(failures) > 10:
-        lines.append(f"  and {len(failures) - 10} more")
+        where = "" if paths[0] in failure.message else f"{', '.join(paths[:3])}{more}: "
+        lines[f"  {where}{failure.message}"] = None  # the parts of one file say the same
+    shown = list(lines)[:_SHOWN_FAILURES]
+    if len(lines) > len(shown):
+        shown.append(f"  and {len(lines) - len(shown)} more like these.")
     raise RunError(
-        f"{len(failures)} of {len(plan.units)} parts could not be prepared; what is done is kept:\n"
-        + "\n".join(lines)
-        + "\nmend the files and run the same command again, or leave damaged files out with "
-        "--on_error quarantine."
+        f"{len(failures)} of {len(plan.units)} parts could not be prepared, the others are done:\n"
+        + "\n".join(shown)
     )
 
 

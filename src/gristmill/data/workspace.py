@@ -76,7 +76,7 @@ class Workspace(ABC):
         """Names of the job that has begun here and not finished: hash, job, units, engine."""
         try:
             value = json.loads(self.out.read(f"{NAME}/job.json"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         assert isinstance(value, dict)
         return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import json
 import threading
 
 import pytest
@@ -149,10 +149,11 @@ def test_a_rank_without_the_jobs_engine_says_so(array, tmp_path):
     out = tmp_path / "out"
     array(out, 0, 2)
     job = out / ".prepare" / "job.json"
-    job.write_text(job.read_text().replace('"definition"', '"passed"'))
+    value = json.loads(job.read_text())
+    value["engine"] |= {"version": "0.0", "parity": "passed"}
+    job.write_text(json.dumps(value))
     with pytest.raises(UserError, match="the job was planned with tokenizers"):
         array(out, 1, 2)
-    shutil.rmtree(out)
 
 
 def test_status_tells_what_is_left(array, tmp_path, capsys):

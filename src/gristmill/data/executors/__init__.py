@@ -47,5 +47,5 @@ def death(unit: int, how: str) -> Failure:
     return Failure(
         unit,
         f"its worker died {MAX_DEATHS} times ({how}; -9 often means that memory ran out). "
-        "run the same command again with fewer workers",
+        "run the same command again with fewer workers.",
     )

@@ -13,6 +13,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -47,6 +48,14 @@ def run(
     """
     if len(units) <= 1:
         return run_here(task, units, on_progress)
+    # Workers are killed without a chance to remove their scraps.
+    with tempfile.TemporaryDirectory(prefix="gristmill-prepare-") as scraps:
+        return _run_in_processes(task, units, num_workers, on_progress, scraps)
+
+
+def _run_in_processes(
+    task: Task, units: Sequence[int], num_workers: int, on_progress: OnProgress, scraps: str
+) -> list[Failure]:
     waiting = deque(units)
     deaths: dict[int, int] = {}
     failures: list[Failure] = []
@@ -56,7 +65,7 @@ def run(
     try:
         while waiting or workers:
             while waiting and len(workers) < num_workers:
-                workers.add(_Worker(task, waiting.popleft(), messages))
+                workers.add(_Worker(task, waiting.popleft(), messages, scraps))
             worker, message = messages.get()
             some_started = some_started or message is not None
             if message is None:
@@ -118,14 +127,23 @@ class _Worker:
     """A worker process as its driver sees it. `unit` is what it has been given."""
 
     def __init__(
-        self, task: Task, unit: int, messages: queue.SimpleQueue[tuple[_Worker, _Message]]
+        self,
+        task: Task,
+        unit: int,
+        messages: queue.SimpleQueue[tuple[_Worker, _Message]],
+        scraps: str,
     ) -> None:
         # Its own session: Ctrl-C reaches the driver, which closes its workers in good order.
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, json.dumps(asdict(task))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, **single_thread_env(), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                **single_thread_env(),
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": scraps,
+            },
             text=True,
             start_new_session=True,
         )
