@@ -317,7 +317,7 @@ def _show_one(page: Page, cfg: DataEstimate, found: Estimate) -> None:
     if found.damaged:
         rows.append(("damaged", ", ".join(found.damaged[:5]) + " …" * (len(found.damaged) > 5)))
     for title, text in rows:
-        page.line((f"  {title:<10}", "dim"), text)
+        page.line((f"  {title:<11}", "dim"), text)
 
 
 def _workers(found: Estimate) -> str:

@@ -127,12 +127,8 @@ def _show_sample(cfg: DataInspect, look: Look) -> None:
                 else "use a shorter --seq_len."
             )
         )
-    batch = stream.batch(cfg.sample, 1)
-    look.page.line(
-        f"sample {cfg.sample:,} of {stream.num_samples:,} in the order on the disk, "
-        f"{seq_len:,} + 1 tokens"
-    )
-    _show_row(cfg, look, batch, 0, seq_len, _most(cfg, _DOCUMENT_CHARS))
+    title = f"sample {cfg.sample:,} of {stream.num_samples:,} in the order on the disk"
+    _show_row(cfg, look, stream.batch(cfg.sample, 1), 0, _most(cfg, _DOCUMENT_CHARS), title)
 
 
 def _show_step(cfg: DataInspect, look: Look) -> None:
@@ -166,7 +162,9 @@ def _show_step(cfg: DataInspect, look: Look) -> None:
     shown = range(rows) if cfg.row is None else [cfg.row]
     most = _most(cfg, _ROW_CHARS if len(shown) > 1 else _DOCUMENT_CHARS)
     for row in shown:
-        _show_row(cfg, look, batch, row, seq_len, most)
+        title = f"row {row}: sample {int(batch.sample_ids[row]):,}"
+        look.page.line()
+        _show_row(cfg, look, batch, row, most, title)
 
 
 @dataclass(frozen=True)
@@ -182,10 +180,9 @@ class Window:
     before: int
 
 
-def _show_row(
-    cfg: DataInspect, look: Look, batch: Batch, row: int, seq_len: int, most: int
-) -> None:
+def _show_row(cfg: DataInspect, look: Look, batch: Batch, row: int, most: int, title: str) -> None:
     """One row of a batch, with the place that it comes from."""
+    seq_len = batch.tokens.shape[1] - 1
     samples = samples_per_chunk(look.dataset.chunk_tokens, seq_len)
     last = np.cumsum(samples)
     number = int(batch.sample_ids[row])
@@ -193,9 +190,8 @@ def _show_row(
     start = (number - int(last[chunk] - samples[chunk])) * seq_len
     place = look.places.at(chunk, start)
     name = look.dataset.chunks[chunk].name
-    look.page.line()
-    title = f"row {row}: sample {number:,}" if len(batch.tokens) > 1 else f"sample {number:,}"
-    look.page.line((title, "bold"), (f" · {name}, tokens {start:,} to {start + seq_len:,}", "dim"))
+    where = f" · {name}, tokens {start:,} to {start + seq_len:,} and the next as last target"
+    look.page.line((title, "bold"), (where, "dim"))
     window = Window(batch.tokens[row], batch.doc_ends[row], place.document, place.before)
     _show_window(look, window, most, ids=cfg.ids)
 

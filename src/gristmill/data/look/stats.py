@@ -148,16 +148,16 @@ def _bytes_per_token(dataset: Dataset) -> float | None:
 def _show(page: Page, dataset: Dataset, lengths: Lengths) -> None:
     page.line((str(dataset.path), "bold"))
     for name, text in _facts(dataset):
-        page.line((f"  {name:<10}", "dim"), text)
+        page.line((f"  {name:<11}", "dim"), text)
     sampled = lengths.chunks < len(dataset.chunks)
     where = (
         f" (of {lengths.documents:,} in {lengths.chunks:,} of {len(dataset.chunks):,} chunks)"
         if sampled
         else ""
     )
-    page.line((f"  {'length':<10}", "dim"), f"tokens of a document{where}")
+    page.line((f"  {'length':<11}", "dim"), f"tokens of a document{where}")
     page.line(
-        f"  {'':<10}shortest {lengths.shortest:,} · median {lengths.median:,} · "
+        f"  {'':<11}shortest {lengths.shortest:,} · median {lengths.median:,} · "
         f"mean {lengths.mean:,.0f} · 90 % {lengths.p90:,} · 99 % {lengths.p99:,} · "
         f"longest {lengths.longest:,}"
     )
