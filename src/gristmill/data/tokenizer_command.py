@@ -8,11 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PurePath
 
 from gristmill.config.commands import TokenizerTrain
-from gristmill.data import compressed, layouts, sources
-from gristmill.data.sources import Format, Input, Reject
+from gristmill.data import layouts, sources
+from gristmill.data.documents import Format, Input, Reject
+from gristmill.data.readers.compressed import is_compressed
+from gristmill.data.select import Selection
 from gristmill.tokenizer.train import Trained, already_there, special_tokens, train_bpe
 from gristmill.util.errors import UserError
 
@@ -38,24 +40,29 @@ def main(cfg: TokenizerTrain) -> None:
 class _Text:
     """The documents of the input; can be read again. Rejects are those of the last reading."""
 
-    path: Path
+    path: str
     form: Format
     inputs: list[Input]
+    selection: Selection | None
     rejects: list[Reject] = field(default_factory=list)
 
     @classmethod
     def find(cls, cfg: TokenizerTrain) -> _Text:
-        path = Path(cfg.input_dir or "").expanduser()
+        path = cfg.input_dir or ""
         layout = layouts.get(cfg.layout)
         inputs = sources.list_inputs(path, cfg.pattern or layout.pattern)
-        form = Format(cfg.layout, cfg.text_field or layout.text_field, None)
-        return cls(path, form, inputs)
+        form = Format(layout.records, cfg.text_field or layout.text_field)
+        # A vocabulary is made from what will be encoded with it.
+        selection = Selection.from_settings(dict(layout.filters)) if layout.filters else None
+        return cls(path, form, inputs, selection)
 
     def __iter__(self) -> Iterator[str]:
         self.rejects = []
         some = False
         root = sources.root_of(self.path)
-        for document in sources.documents(self.form, root, self.inputs, self.rejects.append):
+        for document in sources.documents(
+            self.form, root, self.inputs, self.rejects.append, selection=self.selection
+        ):
             some = some or bool(document)
             yield document
         if not some:
@@ -66,12 +73,17 @@ def _share(text: _Text, max_bytes: int) -> float:
     """The share of the text that `max_bytes` allows."""
     if max_bytes < 1:
         raise UserError(f"max_bytes {max_bytes} leaves no text. use --max_bytes 1_000_000_000.")
-    is_plain = not any(compressed.is_compressed(Path(item.place)) for item in text.inputs)
+    is_plain = not any(_is_packed(item.place) for item in text.inputs)
     # The files on disk hold at least the bytes of their text, unless they are compressed.
     if is_plain and sum(item.size for item in text.inputs) <= max_bytes:
         return 1.0
     num_bytes = sum(len(document.encode("utf-8", "replace")) for document in text)
     return min(1.0, max_bytes / max(num_bytes, 1))
+
+
+def _is_packed(place: str) -> bool:
+    """Whether a file may hold more bytes of text than it has itself."""
+    return is_compressed(place) or PurePath(place.lower()).suffix in (".parquet", ".arrow")
 
 
 def _report(cfg: TokenizerTrain, text: _Text, trained: Trained, seconds: float) -> None:
