@@ -209,7 +209,7 @@ def _raise(failures: Sequence[Failure], plan: Plan) -> None:
     """Raise RunError when units could not be done, with their files."""
     if not failures:
         return
-    lines = {}
+    lines: dict[str, None] = {}
     for failure in failures:
         paths = [plan.inputs[span.input].path for span in plan.units[failure.unit]]
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""

@@ -184,7 +184,10 @@ class LocalWorkspace(Workspace):
         told = False
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / "lock").open("a")
+            try:
+                file = (self.folder / "lock").open("a")
+            except FileNotFoundError:
+                continue  # somebody who finished removed the directory just now
             try:
                 fcntl.flock(file, how | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -42,36 +42,35 @@ def place(
 
     Raises UserError when they are not known or do not fit.
     """
-    found_rank, found_world = _from_scheduler(env)
-    rank = found_rank if isinstance(rank, str) else rank
-    world = found_world if isinstance(world, str) else world
-    missing = [n for n, v in (("--rank", rank), ("--world", world)) if v is None]
-    if rank is None or world is None:
+    found = _from_scheduler(env)
+    number = found[0] if isinstance(rank, str) else rank
+    total = found[1] if isinstance(world, str) else world
+    if number is None or total is None:
+        missing = [n for n, v in (("--rank", number), ("--world", total)) if v is None]
         raise UserError(
             f"{' and '.join(missing)} cannot be told from the environment (SLURM_PROCID and "
             "SLURM_NTASKS, SLURM_ARRAY_TASK_ID and SLURM_ARRAY_TASK_COUNT, JOB_COMPLETION_INDEX). "
             "give --rank R --world N, R from 0 to N - 1."
         )
-    if not 0 <= rank < world:
+    if not 0 <= number < total:
         raise UserError(
-            f"--rank {rank} is not in a --world of {world}. give 0 to {max(world, 1) - 1}, each "
+            f"--rank {number} is not in a --world of {total}. give 0 to {max(total, 1) - 1}, each "
             "once; an array with gaps needs both options."
         )
-    return rank, world
+    return number, total
 
 
 def _from_scheduler(env: Mapping[str, str]) -> tuple[int | None, int | None]:
-    def number(name: str, otherwise: int | None = None) -> int | None:
+    def number(name: str) -> int | None:
         value = env.get(name, "")
-        return int(value) if value.isdecimal() else otherwise
+        return int(value) if value.isdecimal() else None
 
-    rank = world = None
+    rank: int | None = None
+    world: int | None = None
     task, count = number("SLURM_ARRAY_TASK_ID"), number("SLURM_ARRAY_TASK_COUNT")
     if task is not None and count is not None:
-        first, step = number("SLURM_ARRAY_TASK_MIN", 0), number("SLURM_ARRAY_TASK_STEP", 1)
-        assert first is not None
-        assert step is not None
-        rank, world = (task - first) // max(1, step), count
+        first, step = number("SLURM_ARRAY_TASK_MIN") or 0, number("SLURM_ARRAY_TASK_STEP") or 1
+        rank, world = (task - first) // step, count
     process, tasks = number("SLURM_PROCID"), number("SLURM_NTASKS")
     if process is not None and tasks is not None:
         # Each job of an array may itself start several tasks with srun.
