@@ -52,7 +52,7 @@ _REDPAJAMA_FILES = {
     "arxiv": "arxiv*",
     "book": "book*",
     "c4": "c4-train*",
-    "common_crawl": "*",
+    "common_crawl": "*.jsonl*",
     "github": "filtered*",
     "stackexchange": "stackexchange*",
     "wikipedia": "wiki*",
