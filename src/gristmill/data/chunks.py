@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -134,18 +135,21 @@ def write_chunk(
 def map_chunk(path: Path, record: ChunkRecord, dtype: str) -> MappedChunk:
     """The chunk at `path`, mapped. Raises RunError when it is not the one of `record`."""
     try:
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise RunError(
-                f"{path} is damaged: it has {size:,} bytes, its manifest says {record.bytes:,}. "
-                "copy it again, or prepare the dataset again with --overwrite."
-            )
-        # A plain array over the mapping: slicing np.memmap itself is many times slower.
-        data: Any = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != record.bytes:
+                raise RunError(
+                    f"{path} is damaged: it has {size:,} bytes, its manifest says "
+                    f"{record.bytes:,}. copy it again, or prepare the dataset again with "
+                    "--overwrite."
+                )
+            # A plain array over the mapping: np.memmap is many times slower to make and to slice.
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise RunError(
             f"cannot read {path} ({error.strerror}). restore it, or prepare the dataset again."
         ) from error
+    data: Any = np.frombuffer(mapping, dtype=np.uint8)
     first = 4 * (record.documents + 2)
     header = data[:first].view("<u4") if size > first else np.zeros(3, dtype="<u4")
     element = np.dtype(dtype).newbyteorder("<")
