@@ -12,7 +12,7 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 LARGE = 1000
 """Files of more bytes are in the store for large files."""
@@ -68,12 +68,20 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
+    posted: dict[str, list[str]]
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
+        self.posted = parse_qs(body)
+        if "json" in self.headers.get("Content-Type", ""):
+            self.posted = json.loads(body)
         self.do_GET()
 
     def do_GET(self) -> None:
@@ -130,15 +138,21 @@ class _HubHandler(_Handler):
         if path in hub.plain:
             self.say_file(path, hub.plain[path], hub.tags.get(path, ""))
             return
-        if api := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(\w+)/([^/]+))?", path):
-            kind, name, verb, revision = api.groups()
+        if api := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/([\w-]+)/([^/]+)(?:/(.+))?)?", path
+        ):
+            kind, name, verb, revision, folder = api.groups()
             repository = getattr(hub, kind).get(name)
             if repository is None:
                 self.say(401, b'{"error":"x"}', X_Error_Code="RepoNotFound")
             elif revision and revision not in (*repository.revisions, repository.commit):
                 self.say(404, b'{"error":"x"}', X_Error_Code="RevisionNotFound")
             elif verb == "tree":
-                self.say_json([_entry(*item) for item in sorted(repository.files.items())])
+                deep = "recursive=true" in urlsplit(self.path).query.lower()
+                self.say_json(_listed(repository, f"{folder}/" if folder else "", deep))
+            elif verb == "paths-info":
+                entries = _listed(repository, "", True)
+                self.say_json([e for e in entries if e["path"] in self.posted["paths"]])
             else:
                 siblings = [{"rfilename": file} for file in repository.files]
                 self.say_json({"id": name, "sha": repository.commit, "siblings": siblings})
@@ -177,6 +191,20 @@ class _StoreHandler(_Handler):
                 self.say_file(name, data, f'"{digest}"')
                 return
         self.say(404)
+
+
+def _listed(repository: Repository, folder: str, deep: bool) -> list[dict[str, object]]:
+    """What is in a folder: files, and the folders among them."""
+    found: dict[str, dict[str, object]] = {}
+    for path, data in sorted(repository.files.items()):
+        if path.startswith(folder):
+            parts = path[len(folder) :].split("/")
+            for depth in range(1, len(parts) if deep else min(2, len(parts))):
+                name = folder + "/".join(parts[:depth])
+                found.setdefault(name, {"type": "directory", "path": name, "oid": "d" * 40})
+            if deep or len(parts) == 1:
+                found[path] = _entry(path, data)
+    return list(found.values())
 
 
 def _entry(path: str, data: bytes) -> dict[str, object]:

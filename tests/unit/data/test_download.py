@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import shutil
 import signal
@@ -11,6 +10,7 @@ import time
 
 import pytest
 
+from gristmill.cli import main
 from gristmill.config.commands import Download
 from gristmill.config.parse import parse
 from gristmill.data import download as command
@@ -191,29 +191,43 @@ def test_a_file_that_is_there_is_taken_when_it_is_the_same(hub, tmp_path):
     assert (tmp_path / "m/config.json").read_bytes() == files["config.json"]
 
 
-def test_a_killed_download_goes_on(hub, tmp_path):
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 128 + signal.SIGINT)]
+)
+def test_a_killed_download_goes_on(hub, tmp_path, sent, code):
     name = "model-00001-of-00002.safetensors"
     hub.models["org/name"].files[name] = data = noise(40_000_000, 11)
     hub.cuts[name] = [10_000_000] + [0] * 50
-    code = (
-        "from gristmill.data.download import download\n"
-        "from gristmill.config.commands import Download\n"
-        "download(Download(repo_id='org/name', out_dir='m'))\n"
-    )
-    running = subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ, stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "gristmill", "download", "org/name", "--out_dir", "m"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while len(hub.gets(name)) < 4 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
-    running.send_signal(signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL
+    running.send_signal(sent)
+    _, said = running.communicate()
+    assert running.returncode == code
+    assert ("the same command goes on" in said) == (sent == signal.SIGINT)
     assert not (tmp_path / "m" / name).exists()
     hub.cuts.clear()
     seen = len(hub.gets(name))
-    download(Download(repo_id="org/name", out_dir="m"))
+    assert main(command[3:]) == 0
     assert hub.gets(name)[seen]["range"] == "bytes=10000000-"
     assert (tmp_path / "m" / name).read_bytes() == data
+
+
+def test_progress_is_shown_in_lines_where_there_is_no_terminal(hub, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_LINE_SECONDS", 0.0)
+    download(Download(repo_id="org/name", out_dir="m"))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "MB/s of 0.50 MB" in line]
+    assert lines
+    assert "\r" not in "".join(lines)
+
+
+def test_a_bare_download_lists_repositories(capsys):
+    assert main(["download"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert "EleutherAI/pythia-14m" in listed
+    assert listed == sorted(listed, key=str.lower)
 
 
 def test_a_wrong_name_and_a_wrong_revision(hub):
@@ -373,3 +387,21 @@ def test_two_downloads_into_one_directory(hub, tmp_path):
     out = tmp_path / "m"
     with fetch.Fetcher(out)._exclusive(), pytest.raises(UserError, match="another download into m"):
         download(Download(repo_id="org/name", out_dir="m"))
+
+
+def test_a_dataset_of_the_hub_is_read_where_it_is(hub, tmp_path):
+    lines = [f'{{"text": "story {number} {"x" * 400}"}}' for number in range(20)]
+    hub.datasets["org/stories"] = Repository(
+        {
+            "README.md": b"# stories",
+            "data/a.jsonl": "\n".join(lines[:10]).encode(),
+            "data/b.jsonl": "\n".join(lines[10:]).encode(),
+        }
+    )
+    code = (
+        "from gristmill.data import sources\n"
+        "for text in sources.iter_documents('hf://datasets/org/stories', 'jsonl'):\n"
+        "    print(text.split()[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(number) for number in range(20)], done.stderr
