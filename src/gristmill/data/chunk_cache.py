@@ -122,7 +122,8 @@ class ChunkCache:
                 try:
                     self._download(wanted, part)
                 finally:
-                    Path(part.name).unlink(missing_ok=True)
+                    with self._locked():
+                        Path(part.name).unlink(missing_ok=True)
                     part.close()
                 return
             if not urgent:

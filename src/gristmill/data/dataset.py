@@ -1,4 +1,4 @@
-"""A dataset on disk: what its manifest says, and its chunks mapped into memory."""
+"""A dataset on disk or on an object store: its manifest, and its chunks mapped into memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gristmill.data import manifest
+from gristmill.data.chunk_cache import ChunkCache, Wanted
 from gristmill.data.chunk_table import ChunkTable
 from gristmill.data.chunks import MappedChunk, adopt, map_chunk
 from gristmill.data.manifest import Manifest, Totals
+from gristmill.data.storage import Storage, is_url
 from gristmill.data.workspace import NAME as UNFINISHED
 from gristmill.util.errors import UserError
 
@@ -32,8 +34,18 @@ class Dataset:
     `chunks` lists the chunk files in their order; `map(i)` gives the tokens of one.
     """
 
-    def __init__(self, path: Path, contents: Manifest, chunks: ChunkTable) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        contents: Manifest,
+        chunks: ChunkTable,
+        cache: ChunkCache | None = None,
+    ) -> None:
         self.path = path
+        """The directory, or the URL."""
+        self.storage = Storage(path)
+        self.cache = cache
+        """Where chunks of an object store come to lie; None for a directory."""
         self.manifest = contents
         self.dataset_id = contents.dataset_id
         self.dtype = contents.dtype
@@ -45,12 +57,17 @@ class Dataset:
         self._mapped: OrderedDict[int, MappedChunk] = OrderedDict()
 
     @classmethod
-    def open(cls, path: str | Path, *, check: bool = True) -> Dataset:
+    def open(
+        cls, path: str | Path, *, check: bool = True, cache: ChunkCache | None = None
+    ) -> Dataset:
         """The dataset in the directory `path`; with `check`, its files are looked for.
 
-        Raises UserError when there is none, it is unfinished or empty, or litdata chunks there
-        cannot be read as tokens; RunError when a chunk is missing or has another size.
+        At a URL it needs a `cache` for its chunks. Raises UserError when there is none, it is
+        unfinished or empty, or litdata chunks there cannot be read as tokens; RunError when a chunk
+        is missing or has another size.
         """
+        if is_url(path):
+            return cls._open_remote(str(path), cache)
         folder = Path(path).expanduser()
         if (folder / manifest.NAME).is_file():
             contents = manifest.read(folder)
@@ -69,11 +86,38 @@ class Dataset:
                 dataset._check(number)
         return dataset
 
+    @classmethod
+    def _open_remote(cls, url: str, cache: ChunkCache | None) -> Dataset:
+        assert cache is not None, "chunks of an object store need a cache"
+        storage = Storage(url)
+        if not storage.exists(manifest.NAME):
+            raise UserError(
+                f"there is no finished dataset at {url} (no {manifest.NAME}). check the URL, or "
+                f"look at what is there: gristmill prepare status {url}"
+            )
+        contents = manifest.read(storage)
+        table = ChunkTable.read(storage, contents.chunk_table, contents.totals.chunks)
+        if contents.totals.tokens == 0:
+            raise UserError(f"{url} holds no tokens. prepare other text.")
+        if not contents.whole_digests:
+            raise UserError(
+                f"{url} was adopted in place, so its chunks cannot be checked on their way here. "
+                f"copy it in full: gristmill data import {url} --output_dir OUT --copy"
+            )
+        return cls(url, contents, table, cache)
+
     @property
     def tokenizer_dir(self) -> Path | None:
-        """The tokenizer's files inside the dataset; None where there are none."""
-        folder = self.path / "tokenizer"
-        return folder if folder.is_dir() else None
+        """The tokenizer's files inside the dataset, on this machine; None where there are none."""
+        if self.cache is None:
+            folder = self.storage.path / "tokenizer"
+            return folder if folder.is_dir() else None
+        entries = list(self.storage.list("tokenizer"))
+        folder = self.cache.folder / "tokenizers" / self.dataset_id[:32]
+        folder.mkdir(parents=True, exist_ok=True)
+        for entry in entries:
+            self.storage.fetch(entry.name, folder / entry.name.removeprefix("tokenizer/"))
+        return folder if entries else None
 
     @cached_property
     def num_token_ids(self) -> int:
@@ -89,16 +133,27 @@ class Dataset:
     def map(self, chunk: int) -> MappedChunk:
         """A chunk's tokens, in the dataset's element type, and where its documents end."""
         if chunk not in self._mapped:
-            record = self.chunks[chunk]
-            self._mapped[chunk] = map_chunk(self.path / record.name, record, self.dtype)
-            while len(self._mapped) > _MAX_MAPPED:
+            self._mapped[chunk] = self._map(chunk)
+            # A file that the cache removes takes room on the disk as long as it is mapped.
+            while len(self._mapped) > (_MAX_MAPPED if self.cache is None else 1):
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(chunk)
         return self._mapped[chunk]
 
+    def wanted(self, chunk: int) -> Wanted:
+        """A chunk of an object store as the cache knows it."""
+        return Wanted(self.storage, self.chunks[chunk])
+
+    def _map(self, chunk: int) -> MappedChunk:
+        record = self.chunks[chunk]
+        if self.cache is None:
+            return map_chunk(self.storage.path / record.name, record, self.dtype)
+        with self.cache.open(self.wanted(chunk)) as path:
+            return map_chunk(path, record, self.dtype)
+
     def _check(self, number: int) -> None:
         record = self.chunks[number]
-        path = self.path / record.name
+        path = self.storage.path / record.name
         if not path.is_file() or path.stat().st_size != record.bytes:
             map_chunk(path, record, self.dtype)  # says what is wrong
 
@@ -115,7 +170,7 @@ class Dataset:
             lowest = int(scanned.min())
             if lowest < 0:
                 raise UserError(
-                    f"{self.path / self.chunks[number].name} holds the token id {lowest}. "
+                    f"{self.storage.at(self.chunks[number].name)} holds the token id {lowest}. "
                     "prepare the text again: ids are 0 or more."
                 )
             largest = max(largest, int(scanned.max()))

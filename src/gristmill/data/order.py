@@ -28,6 +28,7 @@ _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 # What a key is for; part of the order, so never renumbered.
 _CHUNKS, _SAMPLES = 1, 2
+SPREAD = 4  # 3 is the shuffle of documents in preparation
 
 _Value = TypeVar("_Value")
 

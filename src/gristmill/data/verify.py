@@ -92,7 +92,7 @@ def _all(dataset: Dataset) -> range:
 def _of_tables(dataset: Dataset) -> Iterator[str]:
     """What does not agree between manifest, table of chunks, index and tokenizer."""
     contents, table = dataset.manifest, dataset.chunks
-    where = dataset.path
+    where = dataset.storage.path
     if table.digest != contents.chunk_table:
         yield f"{where / 'chunks.npy'} is not the table that the manifest names"
     if table.dataset_id(contents.dtype) != contents.dataset_id:
@@ -111,7 +111,7 @@ def _of_tables(dataset: Dataset) -> Iterator[str]:
 
 
 def _of_index(dataset: Dataset) -> Iterator[str]:
-    path = dataset.path / "index.json"
+    path = dataset.storage.path / "index.json"
     try:
         chunks = json.loads(path.read_text(encoding="utf-8"))["chunks"]
         names = ("filename", "dim", "chunk_size")
@@ -126,7 +126,7 @@ def _of_index(dataset: Dataset) -> Iterator[str]:
 
 def _of_chunk(dataset: Dataset, record: ChunkRecord, num_token_ids: int | None) -> list[str]:
     """What is wrong with a chunk file."""
-    path = dataset.path / record.name
+    path = dataset.storage.path / record.name
     try:
         mapped = map_chunk(path, record, dataset.dtype)
         whole = dataset.manifest.whole_digests

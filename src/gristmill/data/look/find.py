@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from gristmill.data import manifest
 from gristmill.data.dataset import Dataset
@@ -58,7 +58,7 @@ def is_validation(dataset: Dataset) -> bool:
     source = dataset.manifest.source
     if source is not None and source.split:
         return source.split == "val"
-    return dataset.path.name in ("val", "validation", "test")
+    return PurePath(dataset.path).name in ("val", "validation", "test")
 
 
 def _search(folder: Path, depth: int) -> Iterator[Path]:
