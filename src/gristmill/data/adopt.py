@@ -133,7 +133,7 @@ def _data_folders(path: Path) -> list[Path]:
         unfinished = f"; {chunks:,} .bin files lie there, but litdata never finished them"
         raise UserError(
             f"{path} holds neither a litdata dataset (no index.json{unfinished if chunks else ''}) "
-            "nor packed files of lit-llama. check the path, or write the data again."
+            "nor packed files (LITPKDS). check the path, or write the data again."
         )
     return sorted(found, key=lambda p: os.fsencode(p))
 
@@ -216,7 +216,7 @@ def _litdata_pieces(folder: Path, *, copy: bool) -> Iterator[_Piece]:
 def _packed_pieces(folder: Path, *, copy: bool) -> Iterator[_Piece]:
     if not copy:
         raise UserError(
-            f"{folder} holds packed files of lit-llama, which litdata cannot read. "
+            f"{folder} holds packed files (LITPKDS), which litdata cannot read. "
             "turn them into chunks in another folder with --copy --output_dir OUT.",
             fix={"--copy": "true", "--output_dir": "OUT"},
         )

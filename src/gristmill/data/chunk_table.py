@@ -109,6 +109,11 @@ class ChunkTable:
         """Size of each file, int64[chunks]."""
         return self._rows["bytes"].astype(np.int64)
 
+    @property
+    def continues(self) -> NDArray[np.bool_]:
+        """Whether the last document of each chunk goes on in the next, bool[chunks]."""
+        return np.array(self._rows["continues"], dtype=bool)
+
     @cached_property
     def digest(self) -> str:
         """128-bit digest of the file that `to_bytes` gives, in hex."""
