@@ -97,7 +97,7 @@ def cut(parts: Iterator[Part], most: int) -> tuple[list[Part], bool]:
         if most and len(text) > room:
             # A mark is shown whole or not at all.
             if not style and room:
-                kept.append(text[:room])
+                kept.append((text[:room], style))
             return kept, True
         kept.append((text, style))
         room -= len(text)
