@@ -53,9 +53,9 @@ _UNITS_WANTED = 64
 
 # Bytes of text per byte of a file, by how its name ends: for cutting, progress and disk space.
 _TEXT_PER_BYTE = {".gz": 4, ".zst": 4, ".parquet": 2}
-# A compressed file is read from its start for each of its parts. Decompressing is 20 to 100 times
-# faster than encoding, so four parts cost less than a tenth and keep the cores of a machine busy;
-# where files are many, they do that without being cut.
+# A compressed file is read from its start for each of its parts. On one core, zstd gives about
+# 400 MB/s of text and the fastest engine encodes 50 to 130 MB/s: with four parts, two cores are
+# done in two thirds of the time and four in half of it. Many files keep cores busy without that.
 _MAX_PARTS = 4
 _FEW_FILES = 16
 _COMPRESSED_LINES = re.compile(r".*\.(jsonl|ndjson)\.(gz|zst)", re.IGNORECASE)

@@ -238,7 +238,7 @@ class _Run:
     def write(self) -> UnitRecord:
         """Read, encode and write everything; the record."""
         for document in self._documents():
-            if type(document) is str:
+            if isinstance(document, str):
                 self.texts.append(document)
                 self.owners.append(self.at)
                 self.num_chars += len(document)

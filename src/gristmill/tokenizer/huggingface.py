@@ -14,7 +14,7 @@ from gristmill.tokenizer.long_text import (
     Mark,
     encode_bounded,
     flat,
-    reaches_over,
+    marks_within,
     without_surrogates,
 )
 from gristmill.util.errors import UserError
@@ -79,18 +79,16 @@ class HuggingFaceBackend:
         encoded = self.library.encode("a", add_special_tokens=True).ids
         return token is not None and encoded[:1] == [token] != self._encode("a")[:1]
 
-    def _parts_at(self, mark: Mark) -> bool:
-        """Whether no token reaches over a newline before a letter, or over a space in a text."""
+    def _parts_at(self) -> set[Mark]:
+        """The marks that no token reaches over; see `Cutter`."""
         added = self.library.get_added_tokens_decoder().values()
         if any((token.lstrip or token.rstrip) and not token.special for token in added):
-            return False
-        # A normalizer may make a newline a space.
-        marks: set[Mark] = {mark} if self.library.normalizer is None else {mark, " "}
-        return self._starts_anew(mark) and not any(
-            reaches_over(token, each)
-            for token in self.library.get_vocab(with_added_tokens=True)
-            for each in marks
-        )
+            return set()
+        reached = marks_within(self.library.get_vocab(with_added_tokens=True))
+        if self.library.normalizer is not None and " " in reached:
+            return set()  # it may make a newline a space
+        marks: set[Mark] = {"\n", " "}
+        return {mark for mark in marks - reached if self._starts_anew(mark)}
 
     def _starts_anew(self, mark: Mark) -> bool:
         """Whether tokens on one side of the mark do not depend on what is on the other."""

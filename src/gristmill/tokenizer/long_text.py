@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -51,6 +51,10 @@ _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
 _SHIFTED = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = {chr(b): b for b in _VISIBLE} | {chr(256 + i): b for i, b in enumerate(_SHIFTED)}
 _SPACE_INSIDE = re.compile(r"\S ")
+_GLANCES: dict[Mark, Callable[[str], object]] = {
+    "\n": re.compile("[\n\u010a].", re.DOTALL).search,
+    " ": re.compile(".[ \u2581\u0120]", re.DOTALL).search,
+}
 
 _BEGINNING = 8_000
 
@@ -69,14 +73,14 @@ class TooLong(ValueError):
 class Cutter:
     """Cuts long texts where the tokenizer provably starts anew, or not at all.
 
-    `encode` is the tokenizer's definition; `parts_at(mark)` tells whether, by its vocabulary and
-    its way of working, no token can reach over a newline before a letter, or from a visible
-    character over a space. A text is cut there only if it does, if probes encode alike whole and
-    cut, and if the beginning of the text itself does.
+    `encode` is the tokenizer's definition; `parts_at()` tells the marks that, by its vocabulary and
+    its way of working, no token can reach over: a newline before a letter, or a space after a
+    visible character. A text is cut there only if probes too encode alike whole and cut, and if
+    the beginning of the text itself does.
     """
 
     def __init__(
-        self, encode: Callable[[str], list[int]], parts_at: Callable[[Mark], bool]
+        self, encode: Callable[[str], list[int]], parts_at: Callable[[], set[Mark]]
     ) -> None:
         self._encode = encode
         self._parts_at = parts_at
@@ -84,11 +88,15 @@ class Cutter:
     @cached_property
     def _rules(self) -> tuple[_Rule, ...]:
         """The rules that hold; found out when the first long text comes."""
-        known = {mark: self._parts_at(mark) for mark in ("\n", " ")}
+        known = self._parts_at()
         found: list[_Rule] = []
         for rule in _RULES:
             new = all(rule.mark != other.mark for other in found)
-            if new and known[rule.mark] and all(self._same(t, (rule,)) for t in _probes(rule.mark)):
+            if (
+                new
+                and rule.mark in known
+                and all(self._same(t, (rule,)) for t in _probes(rule.mark))
+            ):
                 found.append(rule)
         return tuple(found)
 
@@ -170,6 +178,16 @@ def _next_place(text: str, at: int, window: int, rules: Sequence[_Rule]) -> tupl
                     return end, rule.dropped
         at += window
     return None
+
+
+def marks_within(tokens: Collection[str]) -> set[Mark]:
+    """The marks that some entry of a vocabulary reaches over; see `reaches_over`."""
+    # Most entries are done with at a glance.
+    return {
+        mark
+        for mark, glance in _GLANCES.items()
+        if any(reaches_over(token, mark) for token in tokens if glance(token))
+    }
 
 
 def reaches_over(token: str, mark: Mark) -> bool:

@@ -13,7 +13,7 @@ from gristmill.tokenizer.long_text import (
     Mark,
     encode_bounded,
     flat,
-    reaches_over,
+    marks_within,
     without_surrogates,
 )
 from gristmill.tokenizer.sidecar import AddedToken
@@ -78,15 +78,17 @@ class SentencePieceBackend:
         """Whether a text starts with `token` where no file says so: the BOS of every such model."""
         return token is not None
 
-    def _parts_at(self, mark: Mark) -> bool:
-        """Whether no token reaches over the mark; see `Cutter`."""
+    def _parts_at(self) -> set[Mark]:
+        """The marks that no token reaches over; see `Cutter`."""
         # Added tokens begin the text anew, with the model's own space. Only merges are local: a
         # unigram model weighs the text as a whole.
         if self._always or _model_type(self._model.serialized_model_proto()) != _BPE:
-            return False
-        pieces = map(self._model.id_to_piece, range(self._model.vocab_size()))
+            return set()
+        reached = marks_within(
+            [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
+        )
         # The model's normalizer may make a newline a space.
-        return not any(reaches_over(p, mark) or reaches_over(p, " ") for p in pieces)
+        return set() if " " in reached else {"\n", " "} - reached
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         table, split = self._always, self._split_always
