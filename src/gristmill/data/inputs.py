@@ -142,11 +142,12 @@ def _local(root: Storage, exclude: Sequence[str | Path]) -> Iterator[tuple[str, 
         for place, real in files:
             if not _is_beside_data(PurePosixPath(place).name, names):
                 yield place, real, None
-        # From the end: the first name is entered first.
-        for place, real in sorted(folders, reverse=True):
+        inside = []
+        for place, real in sorted(folders):
             if real not in entered:
-                waiting.append((place + "/", real))
-        entered.update(real for _, real in folders)
+                entered.add(real)
+                inside.append((place + "/", real))
+        waiting += reversed(inside)  # taken from the end
 
 
 def _scanned(folder: str) -> list[os.DirEntry[str]]:

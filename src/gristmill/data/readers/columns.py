@@ -51,6 +51,16 @@ def of_batch(
         yield from (text if k else FILTERED for text, k in zip(texts, kept, strict=True))
 
 
+def without_columns(
+    reading: Reading, num_rows: int, first_row: int, names: list[str]
+) -> Iterator[Document]:
+    """What rows are that have neither the text's column nor one of the filters'."""
+    rules = reading.selection.rules if reading.selection is not None else ()
+    kept = all(rule.keeps(MISSING) for rule in rules)
+    for row in range(first_row, first_row + num_rows):
+        yield reading.records.no_field(row, names) if kept else FILTERED
+
+
 def _fields(reading: Reading) -> set[str]:
     selected = reading.selection.fields if reading.selection is not None else set()
     return {reading.form.text_field, *selected}

@@ -26,7 +26,9 @@ def read(reading: Reading) -> Iterator[Document]:
 
     with reading.open_native() as file:
         try:
-            parquet = pq.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)
+            parquet = pq.ParquetFile(
+                file, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+            )
         except pa.ArrowException as error:
             raise Damaged(_said(error)) from error
         names = parquet.schema_arrow.names
@@ -52,9 +54,7 @@ def _row_group(
 
     group = parquet.metadata.row_group(number)
     if not leaves:
-        # Nothing of what is looked for is there, which every row says.
-        empty = pa.RecordBatch.from_pylist([{}] * group.num_rows, pa.schema([]))
-        yield from columns.of_batch(reading, empty, first_row, names)
+        yield from columns.without_columns(reading, group.num_rows, first_row, names)
         return
     batches = parquet.iter_batches(
         batch_size=_batch_rows(group, leaves),
@@ -116,7 +116,9 @@ def _source(
     size = sum(column.total_compressed_size for column in _chunks(group, leaves))
     if size > _MAX_FETCHED_BYTES:
         return parquet
-    return pq.ParquetFile(file, metadata=parquet.metadata, pre_buffer=True)
+    return pq.ParquetFile(
+        file, metadata=parquet.metadata, pre_buffer=True, page_checksum_verification=True
+    )
 
 
 def _said(error: Exception) -> str:

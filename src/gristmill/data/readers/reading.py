@@ -87,13 +87,12 @@ class Reading:
                 f"{where} is damaged or incomplete ({error}). {broken}", self.item.path
             ) from error
         except OSError as error:
-            # Arrow's own errors carry no number.
-            if error.errno is None:
+            if type(error) is OSError and error.errno is None:  # Arrow's own
                 raise DataError(
                     f"{where} is damaged or incomplete ({error}). {broken}", self.item.path
                 ) from error
             raise DataError(
-                f"cannot read {where} ({error.strerror}). "
+                f"cannot read {where} ({error.strerror or error}). "
                 "run the same command again when it is there.",
                 self.item.path,
             ) from error
