@@ -26,8 +26,8 @@ from gristmill.data.executors import Failure, Task, array, local
 from gristmill.data.executors.array import Array
 from gristmill.data.executors.work import write_error
 from gristmill.data.finalize import finalize
+from gristmill.data.finished import REMOVE, Made, finished
 from gristmill.data.job import Job, jobs
-from gristmill.data.manifest import Manifest
 from gristmill.data.plan import Plan, make_plan, sample_texts
 from gristmill.data.progress import Meter
 from gristmill.data.storage import Storage
@@ -38,9 +38,6 @@ from gristmill.util.errors import Interrupted, RunError, UserError
 
 _SHOWN_FAILURES = 10
 
-Made = dict[str, Manifest]
-"""The finished datasets of a job by split name ("" when there is no split)."""
-
 
 def prepare(cfg: Prepare) -> None:
     """Write the dataset that the options describe, or go on with it. Prints what came out."""
@@ -50,7 +47,10 @@ def prepare(cfg: Prepare) -> None:
         status.show(cfg.output_dir)
     else:
         for job in jobs(cfg).values():
-            _prepare(job)
+            try:
+                _prepare(job)
+            except OSError as error:
+                raise write_error(error, job.out) from error
 
 
 def _prepare(job: Job) -> None:
@@ -96,45 +96,6 @@ def build(plan: Plan, job: Job) -> Made:
     return made
 
 
-def finished(plan: Plan, out: Storage, *, overwrite: bool = False) -> Made:
-    """The datasets of this plan in `out` if they are all finished, else none.
-
-    Raises UserError when something else is in the way, with `overwrite` only other people's files.
-    """
-    found, begun = datasets_in(out), Workspace.open(out).stored()
-    if begun is None and _are_of(found, plan, out):
-        return found
-    if not overwrite and (begun["job"] != plan.job if begun else found):
-        what = "the unfinished work" if begun else "the dataset"
-        named = begun["hash"] if begun else _plans(found)
-        changed = (
-            "input files have changed since"
-            if named in (plan.hash, {plan.hash})
-            else ("input, options or tokenizer differ")
-        )
-        raise UserError(
-            f"{out.root} holds {what} of another job: {changed}. "
-            "name another --output_dir, or replace it with --overwrite.",
-            {"--overwrite": True},
-        )
-    check_replaceable(out)
-    return {}
-
-
-def _are_of(found: Made, plan: Plan, out: Storage) -> bool:
-    """Whether these are all the datasets that the plan makes."""
-    if set(found) != set(plan.recipe.splits) or _plans(found) != {plan.hash}:
-        return False
-    try:
-        return bool(json.loads(out.read(JOB))["job"] == plan.job)
-    except FileNotFoundError:
-        return True  # a copy without the hidden file
-
-
-def _plans(found: Made) -> set[str]:
-    return {m.source.plan if m.source else "" for m in found.values()}
-
-
 def _space(job: Job) -> tuple[Workspace, bool]:
     """Where the job is done, and whether that is beside a dataset that it then replaces."""
     if not (job.overwrite and datasets_in(job.out)):
@@ -143,7 +104,7 @@ def _space(job: Job) -> tuple[Workspace, bool]:
     if not job.out.is_local:
         raise UserError(
             f"{job.out.root} holds a finished dataset, and an object store cannot put another in "
-            "its place whole. name another --output_dir, or remove this one first.",
+            f"its place whole. {REMOVE}",
             {"--overwrite": None},
         )
     # Readers may have the old chunks mapped: a replacement is built beside and swapped in.

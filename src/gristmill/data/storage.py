@@ -97,8 +97,12 @@ class Storage:
         """Whether there is such a file."""
         if self.is_local:
             return (self.path / name).is_file()
+        # Not `isfile`: that one takes a store that does not answer for one without the file.
         self._fs.invalidate_cache()
-        return bool(self._fs.isfile(self._key(name)))
+        try:
+            return bool(self._fs.info(self._key(name))["type"] == "file")
+        except FileNotFoundError:
+            return False
 
     def list(self, folder: str = "") -> Iterator[Entry]:
         """Every file below `folder`, sorted by name; none when there is no such folder."""
@@ -202,7 +206,7 @@ class Storage:
         import fsspec
 
         try:
-            return fsspec.core.url_to_fs(self.root)[0]
+            return _Calls(fsspec.core.url_to_fs(self.root)[0])
         except (ImportError, ValueError) as error:
             scheme = self.root.partition("://")[0]
             extra = _EXTRAS.get(scheme)
@@ -224,6 +228,26 @@ class Storage:
                 version = str(info[field])
                 break
         return Entry(name, int(info["size"] or 0), version)
+
+
+class _Calls:
+    """A file system whose functions raise OSError whatever the libraries below it raise."""
+
+    def __init__(self, fs: Any) -> None:
+        self._fs = fs
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self._fs, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except OSError:
+                raise
+            except Exception as error:
+                raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+        return call
 
 
 def buffered(file: BinaryIO, size: int = 1 << 20) -> BinaryIO:

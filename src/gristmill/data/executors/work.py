@@ -15,8 +15,6 @@ from gristmill.tokenizer.engines import open_engine
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
 
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
-
 
 class Work:
     """The job as one process needs it: plan, input and engine, loaded once."""
@@ -52,7 +50,9 @@ class Work:
 
 def write_error(error: OSError, out: Storage) -> UserError | RunError:
     """What to tell the user about a failed write below `out`."""
-    if error.errno in _FORBIDDEN:
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError) or (
+        error.errno == errno.EROFS
+    ):
         return UserError(
             f"cannot write in {out.root} ({error.strerror or error}). "
             "name another --output_dir, or make it writable."

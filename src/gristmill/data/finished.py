@@ -1,0 +1,64 @@
+"""Whether an output holds this job's datasets already, nothing yet, or something else."""
+
+from __future__ import annotations
+
+import json
+
+from gristmill.data.manifest import Manifest
+from gristmill.data.plan import Plan
+from gristmill.data.storage import Storage
+from gristmill.data.workspace import JOB, Workspace, check_replaceable, datasets_in
+from gristmill.util.errors import UserError
+
+Made = dict[str, Manifest]
+"""The finished datasets of a job by split name ("" when there is no split)."""
+
+REMOVE = "name another --output_dir, or remove this one first."
+
+
+def finished(plan: Plan, out: Storage, *, overwrite: bool = False) -> Made:
+    """The datasets of this plan in `out` if they are all finished, else none.
+
+    Raises UserError when something else is in the way, with `overwrite` only other people's files.
+    """
+    found, begun = datasets_in(out), Workspace.open(out).stored()
+    if begun is None and _are_of(found, plan, out):
+        return found
+    if not overwrite:
+        if begun and begun["job"] != plan.job:
+            raise _another(out, "the unfinished work", plan, begun["hash"], replaceable=True)
+        if found and not begun:
+            hashes = _plans(found)
+            name = hashes.pop() if len(hashes) == 1 else ""
+            raise _another(out, "the dataset", plan, name, replaceable=out.is_local)
+    check_replaceable(out)
+    return {}
+
+
+def _another(out: Storage, what: str, plan: Plan, name: str, *, replaceable: bool) -> UserError:
+    changed = (
+        "input files have changed since"
+        if name == plan.hash
+        else ("input, options or tokenizer differ")
+    )
+    text = f"{out.root} holds {what} of another job: {changed}."
+    if not replaceable:
+        return UserError(f"{text} {REMOVE}")
+    return UserError(
+        f"{text} name another --output_dir, or replace it with --overwrite.",
+        {"--overwrite": True},
+    )
+
+
+def _are_of(found: Made, plan: Plan, out: Storage) -> bool:
+    """Whether these are all the datasets that the plan makes."""
+    if set(found) != set(plan.recipe.splits) or _plans(found) != {plan.hash}:
+        return False
+    try:
+        return bool(json.loads(out.read(JOB))["job"] == plan.job)
+    except FileNotFoundError:
+        return True  # a copy without the hidden file
+
+
+def _plans(found: Made) -> set[str]:
+    return {m.source.plan if m.source else "" for m in found.values()}
