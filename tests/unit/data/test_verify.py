@@ -10,9 +10,10 @@ from gristmill.config.data_commands import DataImport, DataVerify
 from gristmill.data import adopt, chunk_table, manifest, verify
 from gristmill.data.chunk_table import ChunkTable
 from gristmill.data.dataset import Dataset
+from gristmill.data.storage import Storage
 from gristmill.util.errors import RunError, UserError
 
-from .conftest import save_tokenizer
+from .conftest import save_tokenizer, tree
 from .datasets import make_dataset, write_litdata
 
 
@@ -103,6 +104,24 @@ def test_a_large_table_is_only_checked_here(sound, monkeypatch):
     (sound / "chunks.npy").write_bytes(ChunkTable(rows).to_bytes())
     assert len(Dataset.open(sound).chunks) == 3
     assert any("chunks.npy is not the table" in line for line in verify.problems(sound))
+
+
+def test_datasets_on_an_object_store_are_checked_too(sound, tmp_path):
+    store = Storage(f"memory://{tmp_path.name}")
+    for name, data in tree(sound).items():
+        store.write(f"train/{name}", data)
+    verify.run(DataVerify(data_path=store.root))
+    store.write("train/chunk-0.bin", (sound / "chunk-0.bin").read_bytes()[:-2] + b"\0\0")
+    store.remove("train/chunk-1.bin")
+    store.write("train/chunk-2.bin", b"short")
+    for number, (line, problem) in enumerate(
+        zip(
+            verify.problems(store.at("train"), num_workers=2),
+            ("has other contents", "cannot be read", "is damaged: it has 5 bytes"),
+            strict=True,
+        )
+    ):
+        assert line.startswith(f"{store.at(f'train/chunk-{number}.bin')} {problem}")
 
 
 def test_the_command_names_what_is_wrong_and_fails(sound, tmp_path, capsys):
