@@ -47,9 +47,7 @@ class Lengths:
 def document_lengths(dataset: Dataset) -> Lengths:
     """The lengths of all documents, or of those in an even sample of the chunks."""
     chunks = _sample(dataset)
-    continued = np.fromiter(
-        (chunk.continues for chunk in dataset.chunks), bool, len(dataset.chunks)
-    )
+    continued = dataset.chunks.continues
     parts = [_starting_in(dataset, continued, int(chunk)) for chunk in chunks]
     lengths = np.sort(np.concatenate(parts))
     if not len(lengths):  # every chunk looked at lies inside one document

@@ -31,8 +31,7 @@ class Places:
 
     def __init__(self, dataset: Dataset) -> None:
         self._dataset = dataset
-        count = len(dataset.chunks)
-        self.continued = np.fromiter((c.continues for c in dataset.chunks), bool, count)
+        self.continued = dataset.chunks.continues
         self._inherits = np.concatenate([[False], self.continued[:-1]])
         starting = dataset.chunks.documents - self._inherits
         self._first = np.cumsum(starting) - starting
