@@ -81,6 +81,10 @@ def run(cfg: DataImport) -> None:
         base = (out or paths[0]) / split
         try:
             dataset = _import(base, folders, tokenizer, in_place=out is None, copy=cfg.copy)
+        except UserError as error:
+            if out is not None:
+                error.fix.pop("--output_dir", None)
+            raise
         except PermissionError as error:
             raise _not_writable(base, error, out) from error
         except OSError as error:
@@ -90,10 +94,14 @@ def run(cfg: DataImport) -> None:
             ) from error
         how = "where it is" if out is None else "copied" if cfg.copy else "linked"
         print(
-            f"{base}: {dataset.num_tokens:,} tokens ({dataset.dtype}) in {len(dataset.chunks):,} "
-            f"chunks from {len(folders):,} folder{'s' * (len(folders) > 1)}, {how}"
+            f"{base}: {dataset.num_tokens:,} tokens ({dataset.dtype}) in "
+            f"{_count(len(dataset.chunks), 'chunk')} from {_count(len(folders), 'folder')}, {how}"
         )
     print(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {out or paths[0]}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _by_split(paths: Sequence[Path]) -> dict[str, list[Path]]:

@@ -185,7 +185,8 @@ def described(table: ChunkTable, dtype: str, *, whole_digests: bool) -> Manifest
         num_token_ids=None,
         totals=Totals(
             tokens=int(table.tokens.sum()),
-            documents=int(table.documents.sum()),
+            # One that is cut is counted where it ends.
+            documents=int(table.documents.sum()) - int(table.continues.sum()),
             chunks=len(table),
             text_bytes=None,
         ),

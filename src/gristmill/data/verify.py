@@ -40,7 +40,7 @@ def run(cfg: DataVerify) -> None:
     wrong: list[str] = []
     for place in [below for given in places for below in datasets_below(given)]:
         found = problems(place.root, num_workers=workers)
-        print(f"{place.root}: " + (f"{len(found):,} things are wrong" if found else "sound"))
+        print(f"{place.root}: " + (f"{len(found):,} wrong" if found else "sound"))
         wrong += found
     if wrong:
         more = [f"… and {len(wrong) - _NAMED:,} more"] if len(wrong) > _NAMED else []

@@ -83,7 +83,7 @@ def test_compressed_chunks_are_unpacked(tmp_path):
     folder = write_litdata(tmp_path / "lit", ONE, compression="zstd:3")
     with pytest.raises(UserError, match="compressed chunks") as error:
         do(folder, output_dir=str(tmp_path / "out"))
-    assert error.value.fix["--copy"] == "true"
+    assert error.value.fix == {"--copy": "true"}
     with pytest.raises(UserError, match=r"unpack them: gristmill data import .* --copy"):
         Dataset.open(folder)
     do(folder, output_dir=str(tmp_path / "out"), copy=True)

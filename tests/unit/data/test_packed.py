@@ -45,6 +45,7 @@ def test_packed_files_become_chunks_without_their_padding(tmp_path, code, dtype)
     assert dataset.dtype == dtype
     assert [chunk.continues for chunk in dataset.chunks] == [True, True, False]
     assert dataset.map(0).ends_within(0, 8).tolist() == []
+    assert dataset.num_documents == 1  # nothing says where they end
     assert verify.problems(tmp_path / "out") == []
 
 
