@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gristmill.config.commands import Prepare
 from gristmill.data import plan
+from gristmill.data.executors import local
 from gristmill.data.prepare import prepare
 from gristmill.data.workspace import JOB
 
@@ -77,6 +78,12 @@ def records(tmp_path: Path) -> Path:
     lines = [json.dumps({"id": n, "text": make_text(n, 5 + n % 60)}) for n in range(300)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Units run here, where they can be watched and disturbed."""
+    monkeypatch.setattr(local, "run", lambda t, u, n, p: local.run_here(t, u, p))
 
 
 class Preparation:
