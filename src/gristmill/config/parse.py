@@ -45,6 +45,9 @@ FOREIGN_CLASSES = {
 FOREIGN_SETTINGS = {"data_path": "train_data_path", "val_split_fraction": "val_fraction"}
 """Settings of LitGPT's modules of raw text and what they are called here."""
 
+SECRETS = ("--access_token",)
+"""Options that a printed configuration leaves out."""
+
 NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")
 """Endings of options that name something, which an empty text does not."""
 
@@ -82,6 +85,8 @@ def parse(command: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
     fields = dataclasses.fields(command)  # type: ignore[arg-type]
     flags = {f"--{field.name}" for field in fields if field.type in (bool, "bool")}
     arguments = normalise(argv, positionals, flags, {field.name for field in fields})
+    if any(argument.partition("=")[0] == "--print_config" for argument in arguments):
+        arguments = [a for a in arguments if a.partition("=")[0] not in SECRETS]
     try:
         return _build(command, parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:

@@ -159,6 +159,14 @@ def test_downloads(line, expected):
     assert download(line) == expected
 
 
+def test_a_printed_configuration_leaves_the_token_out(capsys):
+    with pytest.raises(SystemExit):
+        download("a/b --access_token hf_secret --print_config")
+    said = capsys.readouterr().out
+    assert "repo_id: a/b" in said
+    assert "hf_secret" not in said
+
+
 def test_a_mistake_beside_a_token_does_not_show_it():
     with pytest.raises(UserError) as wrong:
         download("a/b --acces_token=hf_secret")
