@@ -136,6 +136,11 @@ def _contents(cfg: Download, repo: str, kind: str) -> tuple[str, list[Any], dict
         raise _refusal(cfg, repo, kind, gated=False) from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "nothing"
+        if status == 401 and token:
+            raise UserError(
+                f"{_endpoint()} does not know the token. give one that is valid: set HF_TOKEN, or "
+                f"--access_token, to a token from {_TOKENS_PAGE}."
+            ) from None
         if status in (401, 403):
             raise _refusal(cfg, repo, kind, gated=False) from None
         raise RunError(

@@ -143,7 +143,9 @@ class _HubHandler(_Handler):
         ):
             kind, name, verb, revision, folder = api.groups()
             repository = getattr(hub, kind).get(name)
-            if repository is None:
+            if "expired" in self.headers.get("Authorization", ""):
+                self.say(401, X_Error_Message="Invalid credentials in Authorization header")
+            elif repository is None:
                 self.say(401, b'{"error":"x"}', X_Error_Code="RepoNotFound")
             elif revision and revision not in (*repository.revisions, repository.commit):
                 self.say(404, b'{"error":"x"}', X_Error_Code="RevisionNotFound")

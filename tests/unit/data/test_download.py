@@ -264,6 +264,12 @@ def test_a_gated_repository_asks_for_a_token_and_never_shows_it(hub, tmp_path, c
     assert "tokenizer.json" in tree(tmp_path / "checkpoints/org/gated")
 
 
+def test_a_token_that_is_not_known(hub, capsys):
+    with pytest.raises(UserError, match="does not know the token") as refused:
+        download(Download(repo_id="org/name", access_token="hf_expired"))
+    assert "hf_expired" not in str(refused.value) + capsys.readouterr().err
+
+
 def test_the_token_of_the_environment_goes_to_the_hub_only(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     download(Download(repo_id="org/gated", tokenizer_only=True))
