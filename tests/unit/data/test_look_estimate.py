@@ -1,6 +1,7 @@
 """What `data estimate` says is what preparing gives, within the error that it names."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -25,11 +26,14 @@ def corpus(tmp_path):
     """2,000 records in two files, about 500 kB, some of them of another language."""
     folder = tmp_path / "corpus"
     folder.mkdir()
+    languages = random.Random(5)
     for file in range(2):
         lines = []
         for n in range(1000):
             text = make_text(n % 50, 10 + n % 80)
-            lines.append(json.dumps({"text": text, "meta": {"lang": "en" if n % 4 else "fr"}}))
+            lines.append(
+                json.dumps({"text": text, "meta": {"lang": languages.choice(["en"] * 3 + ["fr"])}})
+            )
         (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 

@@ -68,9 +68,9 @@ def test_datasets_are_found_below_a_folder_training_first(two):
     assert find.train_of(str(two)) == two / "train"
     (two.parent / "raw").mkdir()
     with pytest.raises(UserError, match="is no dataset"):
-        find.below([str(two.parent / "raw")])
+        stats.run(DataStats(data_path=str(two.parent / "raw")))
     with pytest.raises(UserError, match="there is no dataset"):
-        find.below([str(two / "nowhere")])
+        stats.run(DataStats(data_path=[str(two), str(two / "nowhere")]))
 
 
 def test_json_has_the_numbers_of_each_dataset(two, capsys):

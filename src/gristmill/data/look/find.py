@@ -1,12 +1,16 @@
-"""Which datasets a path means: itself, or those in the folders below it."""
+"""Which datasets a path or URL means: itself, or those in the folders below it; opening them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
 from gristmill.data import manifest
+from gristmill.data.chunk_cache import ChunkCache
 from gristmill.data.dataset import Dataset
+from gristmill.data.storage import Storage, is_url
 from gristmill.data.workspace import NAME as UNFINISHED
 from gristmill.util.errors import UserError
 
@@ -14,36 +18,73 @@ from gristmill.util.errors import UserError
 _DEEPEST = 3
 
 
-def below(paths: Sequence[str]) -> list[Path]:
+# Chunks of an object store that lie on this machine while they are looked at.
+_CACHE_BYTES = 4 << 30
+
+Open = Callable[[str | Path], Dataset]
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[Open]:
+    """A function that opens datasets, those of object stores too, until the block ends."""
+    with contextlib.ExitStack() as until:
+        caches: list[ChunkCache] = []
+
+        def open_dataset(path: str | Path) -> Dataset:
+            if not is_url(path):
+                return Dataset.open(path)
+            if not caches:
+                folder = until.enter_context(tempfile.TemporaryDirectory(prefix="gristmill-"))
+                caches.append(ChunkCache(Path(folder), _CACHE_BYTES))
+                until.callback(caches[0].close)
+            return Dataset.open(path, cache=caches[0])
+
+        yield open_dataset
+
+
+def below(paths: Sequence[str]) -> list[str | Path]:
     """The datasets that the paths name, training before validation.
 
     Raises UserError for a path without one, saying what is there instead.
     """
-    found: list[Path] = []
+    found: list[str | Path] = []
     for given in paths:
-        path = Path(given).expanduser()
-        here = list(_search(path, 0))
-        if not here:
-            Dataset.open(path)  # says what is wrong with it
-        found += [folder for folder in here if folder not in found]
+        here = _at(given) or [given if is_url(given) else Path(given).expanduser()]
+        # Opening one that is not there says what is wrong with it.
+        found += [place for place in here if place not in found]
     return found
 
 
-def train_of(path: str) -> Path:
+def train_of(path: str) -> str | Path:
     """The dataset a training would read: the path's own, or its folder `train`.
 
     Raises UserError when the path holds several others.
     """
-    folder = Path(path).expanduser()
-    if is_dataset(folder) or not folder.is_dir():
-        return folder
-    found = list(_search(folder, 0))
-    if is_dataset(folder / "train"):
-        return folder / "train"
-    if len(found) > 1:
-        names = ", ".join(str(inside) for inside in found)
-        raise UserError(f"{folder} holds {len(found)} datasets. name one of them: {names}.")
-    return found[0] if found else folder
+    found = _at(path)
+    if not found:
+        return path if is_url(path) else Path(path).expanduser()
+    train = [place for place in found if str(place) == Storage(path).at("train")]
+    if len(found) > 1 and not train:
+        names = ", ".join(map(str, found))
+        raise UserError(f"{path} holds {len(found)} datasets. name one of them: {names}.")
+    return (train or found)[0]
+
+
+def _at(path: str) -> list[str | Path]:
+    """The datasets at a path or URL, and below it."""
+    if not is_url(path):
+        return list(_search(Path(path).expanduser(), 0))
+    storage = Storage(path)
+    try:
+        if storage.exists(manifest.NAME):
+            return [storage.root]
+        names = [entry.name for entry in storage.list()]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}). check the URL, and the credentials of its store."
+        ) from error
+    suffix = f"/{manifest.NAME}"
+    return [storage.at(name.removesuffix(suffix)) for name in names if name.endswith(suffix)]
 
 
 def is_dataset(folder: Path) -> bool:

@@ -39,13 +39,14 @@ def run(cfg: DataInspect) -> None:
     if len(asked) > 1:
         names = " and ".join(f"--{name}" for name in asked)
         raise UserError(f"{names} are given. ask for one of them.", {f"--{asked[-1]}": None})
-    look = _opened(cfg)
-    if "step" in asked:
-        _show_step(cfg, look)
-    elif "sample" in asked:
-        _show_sample(cfg, look)
-    else:
-        _show_document(cfg, look)
+    with find.opening() as open_dataset:
+        look = _opened(cfg, open_dataset)
+        if "step" in asked:
+            _show_step(cfg, look)
+        elif "sample" in asked:
+            _show_sample(cfg, look)
+        else:
+            _show_document(cfg, look)
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Look:
     page: Page
 
 
-def _opened(cfg: DataInspect) -> Look:
+def _opened(cfg: DataInspect, open_dataset: find.Open) -> Look:
     """The dataset and the tokenizer that the options name."""
     if cfg.run is not None:
         path = None if cfg.data_path is None else find.train_of(cfg.data_path)
-        reading = runs.read_run(Path(cfg.run).expanduser(), path)
+        reading = runs.read_run(Path(cfg.run).expanduser(), path, open_dataset)
         dataset = reading.dataset
     elif cfg.data_path is not None:
-        reading, dataset = None, Dataset.open(find.train_of(cfg.data_path))
+        reading, dataset = None, open_dataset(find.train_of(cfg.data_path))
     else:
         raise UserError(
             "no dataset is named. for example: gristmill data inspect OUT, or --run RUN for the "

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 # Beyond this many documents an even sample of the chunks is looked at.
 MOST_DOCUMENTS = 8_000_000
+_MOST_CHUNKS = 20_000
+# Chunks of an object store have to come here first.
+_MOST_FETCHED = 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def _sample(dataset: Dataset) -> Int64s:
     """Numbers of the chunks to look at, spread evenly over all."""
     count = len(dataset.chunks)
     documents = max(1, int(dataset.chunks.documents.sum()))
-    wanted = max(1, min(count, count * MOST_DOCUMENTS // documents))
+    most = _MOST_CHUNKS if dataset.cache is None else _MOST_FETCHED
+    wanted = max(1, min(count, most, count * MOST_DOCUMENTS // documents))
     return (np.arange(wanted, dtype=np.int64) * count) // wanted
 
 

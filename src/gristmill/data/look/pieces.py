@@ -6,6 +6,7 @@ A piece is work for `units.run_unit`: what a sample gives is found by what prepa
 from __future__ import annotations
 
 import contextlib
+import random
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -58,8 +59,10 @@ def spread(
     """
     ends = np.cumsum([item.size for item in inputs])
     packing: dict[int, _Packing] = {}
+    chance = random.Random(len(inputs))
     for place in _spread_numbers(PLACES):
-        at = int(ends[-1] * (2 * place + 1) // (2 * PLACES))
+        # Anywhere in its share of the text: equal steps may fall in step with the text's own order.
+        at = min(int(ends[-1] * (place + chance.random()) / PLACES), int(ends[-1]) - 1)
         number = int(np.searchsorted(ends, at, side="right"))
         item = inputs[number]
         inside = at - int(ends[number] - item.size)

@@ -14,6 +14,7 @@ import yaml
 from gristmill.config.commands import Pretrain
 from gristmill.config.parse import parse
 from gristmill.data.dataset import Dataset
+from gristmill.data.look.find import Open
 from gristmill.data.modules import open_datasets
 from gristmill.util.errors import UserError
 
@@ -33,7 +34,7 @@ class Reading:
     tokenizer_dir: str | None
 
 
-def read_run(folder: Path, data_path: Path | None) -> Reading:
+def read_run(folder: Path, data_path: str | Path | None, open_dataset: Open) -> Reading:
     """How the run in `folder` reads its data, or the same data at `data_path`.
 
     Raises UserError when there is no run, or the data is not what it was trained on.
@@ -44,7 +45,7 @@ def read_run(folder: Path, data_path: Path | None) -> Reading:
     if data_path is None or seed is None:
         path, seed = _data(settings)
         data_path = data_path or path
-    dataset = Dataset.open(data_path)
+    dataset = open_dataset(data_path)
     if dataset.dataset_id != (trained := record["identity"]["data"]):
         raise UserError(
             f"{data_path} is not what the run in {folder} was trained on: it is dataset "

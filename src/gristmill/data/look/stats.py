@@ -25,8 +25,9 @@ def run(cfg: DataStats) -> None:
     if not paths:
         raise UserError("no dataset is named. for example: gristmill data stats OUT")
     _check(cfg)
-    datasets = [Dataset.open(path) for path in find.below(paths)]
-    looks = [(dataset, document_lengths(dataset)) for dataset in datasets]
+    with find.opening() as open_dataset:
+        datasets = [open_dataset(path) for path in find.below(paths)]
+        looks = [(dataset, document_lengths(dataset)) for dataset in datasets]
     shares = planned(cfg, [d for d in datasets if not find.is_validation(d)])
     if cfg.json:
         value: dict[str, Any] = {"datasets": [as_json(*look) for look in looks]}
