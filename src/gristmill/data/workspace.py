@@ -165,7 +165,7 @@ class LocalWorkspace(Workspace):
         try:
             # On a file system without locks scraps are left: they may be somebody's.
             if file is not None and not shared:
-                shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+                self._clear()
             yield
         finally:
             if file is not None:
@@ -173,9 +173,20 @@ class LocalWorkspace(Workspace):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     self._tidy()
 
+    def _clear(self) -> None:
+        """Remove scraps.
+
+        The worker of a killed driver may still write there for a moment. Their name goes first, so
+        that it cannot commit what is left of a unit half removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.folder / "tmp", self.folder / f"gone.{uuid.uuid4().hex[:12]}")
+        for path in self.folder.glob("gone.*"):
+            shutil.rmtree(path, ignore_errors=True)
+
     def _tidy(self) -> None:
         """Remove scraps, and the whole directory where no job has begun or it is finished."""
-        shutil.rmtree(self.folder / "tmp", ignore_errors=True)
+        self._clear()
         if not (self.folder / "job.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -227,6 +238,7 @@ class LocalWorkspace(Workspace):
         try:
             yield folder
             self.unit_dir(unit).parent.mkdir(exist_ok=True)
+            _sync(folder)
             with contextlib.suppress(FileExistsError):
                 _rename_new(folder, self.unit_dir(unit))
         finally:
@@ -272,6 +284,16 @@ class LocalWorkspace(Workspace):
         """Remove the working directory."""
         (self.folder / "job.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a directory's files to the disk: a machine that loses its power loses no unit."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _rename_new(source: Path, target: Path) -> None:

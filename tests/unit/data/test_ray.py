@@ -21,6 +21,7 @@ from gristmill.data.units import Progress
 from gristmill.util.errors import RunError, UserError
 
 TASK = Task("/out", "/in")
+HERE = f"unit 4 on {socket.gethostname()}"
 
 
 class RayError(Exception):
@@ -245,8 +246,8 @@ def caused(error, cause):
             {"error": "RunError", "text": "full", "fix": []},
         ),
         (caused(RunError("reset"), ConnectionResetError(104, "")), {"again": "reset"}),
-        (KeyError("x"), {"again": "KeyError while preparing unit 4: 'x'."}),
-        (MemoryError(), {"again": "MemoryError while preparing unit 4: ."}),
+        (KeyError("x"), {"again": f"KeyError while preparing {HERE}: 'x'."}),
+        (MemoryError(), {"again": f"MemoryError while preparing {HERE}: ."}),
     ],
 )
 def test_how_a_unit_ends_is_told_in_plain_values(fake_work, monkeypatch, error, answer):

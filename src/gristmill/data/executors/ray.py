@@ -282,7 +282,8 @@ def _run(task: Task, job: str, unit: int, messages: queue.SimpleQueue[_Message])
         else:
             messages.put({"error": "RunError", "text": str(error), "fix": []})
     except BaseException as error:
-        messages.put({"again": f"{type(error).__name__} while preparing unit {unit}: {error}."})
+        where = f"unit {unit} on {socket.gethostname()}"
+        messages.put({"again": f"{type(error).__name__} while preparing {where}: {error}."})
 
 
 def _work(task: Task, job: str) -> Work:
