@@ -7,6 +7,7 @@ do not fit together are refused here, before anything is read or written.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -180,19 +181,23 @@ def _is_inside(inner: Storage, outer: Storage) -> bool:
 
 
 def _inputs(source: str, sets: Mapping[str, str], out: Storage) -> dict[str, list[Input]]:
-    """The input files of every set that has some."""
+    """The input files of every set that has some; which have none is said."""
     found = {}
+    missing = {}
     for name, pattern in sets.items():
         try:
             found[name] = listing.list_inputs(source, pattern, exclude=[out.root])
-        except UserError:
+        except UserError as error:
             if len(sets) == 1:
                 raise
+            missing[name] = str(error).partition(". ")[0]
     if not found:
         raise UserError(
             f"{source} holds none of the sets ({', '.join(f'{n}: {p}' for n, p in sets.items())}). "
             "check --input_dir, or name the layout that fits (`gristmill prepare list`)."
         )
+    for name, reason in missing.items():
+        print(f"left out: {name} ({reason})", file=sys.stderr)
     return found
 
 

@@ -161,6 +161,13 @@ def test_each_set_of_redpajama_becomes_a_dataset(sample, tmp_path, run_prepare, 
         assert frames == {(True, False)}
 
 
+def test_a_set_that_is_not_there_is_said(tmp_path, run_prepare, capsys):
+    put(tmp_path / "raw/arxiv/arxiv_1.jsonl", lines([{"text": text} for text in texts(0)]))
+    run_prepare("redpajama", tmp_path / "raw", tmp_path / "out")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert [line.split()[2] for line in said] == list(layouts.get("redpajama").parts or {})[1:]
+
+
 def test_training_reads_a_corpus_and_says_how_to_fetch_it(tmp_path, tokenizer_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no data/openwebtext\..*gristmill download Skylion007/"):
