@@ -73,6 +73,17 @@ def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[s
     ]
 
 
+def flowed(items: Sequence[str], width: int) -> list[str]:
+    """Items with dots between them, in lines that are no wider where that is possible."""
+    lines: list[str] = []
+    for item in items:
+        if lines and len(lines[-1]) + 3 + len(item) <= width:
+            lines[-1] += f" · {item}"
+        else:
+            lines.append(item)
+    return lines
+
+
 def size(number: float) -> str:
     """Bytes as people write them: 512 bytes, 1.3 kB, 24.7 MB, 1.23 TB."""
     for unit, power in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

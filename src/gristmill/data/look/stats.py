@@ -12,7 +12,7 @@ from gristmill.config.data_commands import DataStats, listed
 from gristmill.data.dataset import Dataset
 from gristmill.data.look import find
 from gristmill.data.look.lengths import Lengths, document_lengths
-from gristmill.data.look.page import Page, columns, counted, percent, size
+from gristmill.data.look.page import Page, columns, counted, flowed, percent, size
 from gristmill.data.order import samples_per_chunk
 from gristmill.util.errors import UserError
 
@@ -157,11 +157,16 @@ def _show(page: Page, dataset: Dataset, lengths: Lengths) -> None:
         else ""
     )
     page.line((f"  {'length':<11}", "dim"), f"tokens of a document{where}")
-    page.line(
-        f"  {'':<11}shortest {lengths.shortest:,} · median {lengths.median:,} · "
-        f"mean {lengths.mean:,.0f} · 90 % {lengths.p90:,} · 99 % {lengths.p99:,} · "
-        f"longest {lengths.longest:,}"
-    )
+    numbers = [
+        f"shortest {lengths.shortest:,}",
+        f"median {lengths.median:,}",
+        f"mean {lengths.mean:,.0f}",
+        f"90 % {lengths.p90:,}",
+        f"99 % {lengths.p99:,}",
+        f"longest {lengths.longest:,}",
+    ]
+    for line in flowed(numbers, page.width - 13):
+        page.line(f"  {'':<11}{line}")
     page.line()
     _histogram(page, lengths)
 
