@@ -6,7 +6,6 @@ do not fit together are refused here, before anything is read or written.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from gristmill.data import layouts
 from gristmill.data.chunks import dtype_for
 from gristmill.data.documents import Input, OnError
 from gristmill.data.executors.array import Array, place
+from gristmill.data.executors.local import available_cores
 from gristmill.data.plan import DEFAULT_CHUNK_TOKENS, Recipe
 from gristmill.data.select import load_map
 from gristmill.data.storage import Storage
@@ -141,13 +141,6 @@ def recipe_for(
         chunk_tokens=DEFAULT_CHUNK_TOKENS if isinstance(chunk_tokens, str) else chunk_tokens,
         **others,
     )
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _paths(cfg: Prepare, layout: layouts.Layout) -> tuple[str, Storage, str]:

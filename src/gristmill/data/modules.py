@@ -18,11 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gristmill.config.data import DataModule, LitData, RawText, Records, TextFiles
+from gristmill.config.data import DataModule, LitData, Mixture, RawText, Records, TextFiles
 from gristmill.data import layouts, summary
+from gristmill.data.corpus import CacheLimit, Corpus, LaterWeights, Part, name_of
 from gristmill.data.documents import Input
+from gristmill.data.executors.local import available_cores
 from gristmill.data.inputs import CACHE, list_inputs, root_of
-from gristmill.data.job import Job, available_cores, recipe_for
+from gristmill.data.job import Job, recipe_for
 from gristmill.data.plan import Recipe, make_plan
 from gristmill.data.prepare import build
 from gristmill.data.storage import Storage, is_url
@@ -41,11 +43,29 @@ _MAX_REJECT_FRACTION = 0.01
 
 @dataclass(frozen=True)
 class Datasets:
-    """Directories of prepared datasets; `val` None when nothing is held out."""
+    """Prepared datasets, by directory or URL; `val` None when nothing is held out.
 
-    train: Path
-    val: Path | None
+    `train` may be the parts of a mixture, with `later` weights, and `val` those of its parts that
+    have a validation side. `limit` is that of the cache for what lies on object stores.
+    """
+
+    train: Path | str | tuple[Part, ...]
+    val: Path | str | tuple[Part, ...] | None
     seed: int
+    later: tuple[LaterWeights, ...] = ()
+    limit: CacheLimit = CacheLimit()
+
+    def train_corpus(self) -> Corpus:
+        """What is trained on, opened."""
+        return Corpus.open(_parts(self.train), later=self.later, limit=self.limit)
+
+    def val_corpus(self) -> Corpus | None:
+        """What is held out, opened."""
+        return None if self.val is None else Corpus.open(_parts(self.val), limit=self.limit)
+
+
+def _parts(found: Path | str | tuple[Part, ...]) -> tuple[Part, ...]:
+    return found if isinstance(found, tuple) else (Part(found),)
 
 
 def open_datasets(data: DataModule, tokenizer_dir: Path | None) -> Datasets:
@@ -58,6 +78,8 @@ def open_datasets(data: DataModule, tokenizer_dir: Path | None) -> Datasets:
         return _raw(data, tokenizer_dir)
     if isinstance(data, LitData):
         return _prepared(data)
+    if isinstance(data, Mixture):
+        return _mixture(data)
     own = getattr(data, "datasets", None)
     if not callable(own):
         raise UserError(
@@ -74,23 +96,64 @@ def open_datasets(data: DataModule, tokenizer_dir: Path | None) -> Datasets:
 
 
 def _prepared(data: LitData) -> Datasets:
-    path = Path(data.data_path).expanduser()
-    if data.split_names is not None:
-        train, val = (path / name for name in data.split_names)
-        for folder in (train, val):
-            if not folder.is_dir():
-                there = (
-                    sorted(p.name for p in path.iterdir() if p.is_dir()) if path.exists() else []
-                )
-                raise UserError(
-                    f"there is no folder {folder} (there: {', '.join(there) or 'none'}). "
-                    "give --data.split_names the names of the two folders."
-                )
-        return Datasets(train, val, data.seed)
-    if not (path / "index.json").is_file() and (path / "train").is_dir():
-        val = path / "val"
-        return Datasets(path / "train", val if val.is_dir() else None, data.seed)
-    return Datasets(path, None, data.seed)
+    limit = CacheLimit(data.cache_dir, data.cache_gb)
+    if data.split_names is None:
+        return Datasets(*_sides(data.data_path), data.seed, limit=limit)
+    train, val = (_place(Storage(data.data_path).below(name)) for name in data.split_names)
+    for folder in (train, val):
+        if isinstance(folder, Path) and not folder.is_dir():
+            path = folder.parent
+            there = sorted(p.name for p in path.iterdir() if p.is_dir()) if path.exists() else []
+            raise UserError(
+                f"there is no folder {folder} (there: {', '.join(there) or 'none'}). "
+                "give --data.split_names the names of the two folders."
+            )
+    return Datasets(train, val, data.seed, limit=limit)
+
+
+def _sides(path: str) -> tuple[Path | str, Path | str | None]:
+    """Training and validation dataset at `path`: its `train` and `val`, or itself and none."""
+    storage = Storage(path)
+    if storage.exists("index.json") or not storage.exists("train/index.json"):
+        return _place(storage), None
+    has_val = storage.exists("val/index.json")
+    return _place(storage.below("train")), _place(storage.below("val")) if has_val else None
+
+
+def _place(storage: Storage) -> Path | str:
+    return storage.path if storage.is_local else storage.root
+
+
+def _mixture(data: Mixture) -> Datasets:
+    if not data.sources:
+        raise UserError(
+            "the mixture has no sources. give them: --data.sources '[{path: DATASET, weight: 1}]'"
+        )
+    train, val = [], []
+    for source in data.sources:
+        side, held_out = _sides(source.path)
+        part = Part(side, source.weight, source.name or "", source.max_epochs)
+        train.append(part)
+        if held_out is not None:
+            val.append(dataclasses.replace(part, path=held_out))
+    names = [part.name or name_of(part.path) for part in train]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"two sources have one name ({', '.join(names)}). give each a name: "
+            "--data.sources '[{path: …, name: …}, …]'"
+        )
+    later = []
+    for stage in data.stages:
+        if strange := set(stage.weights) - set(names):
+            raise UserError(
+                f"the stage from {stage.from_tokens:g} tokens on names {', '.join(strange)}; the "
+                f"sources are {', '.join(names)}. name those."
+            )
+        later.append(
+            LaterWeights(stage.from_tokens, tuple(stage.weights.get(n, 0.0) for n in names))
+        )
+    limit = CacheLimit(data.cache_dir, data.cache_gb)
+    return Datasets(tuple(train), tuple(val) or None, data.seed, tuple(later), limit)
 
 
 def _raw(data: RawText, tokenizer_dir: Path | None) -> Datasets:

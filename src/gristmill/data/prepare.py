@@ -12,13 +12,15 @@ be seen is complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gristmill.config.commands import Prepare
 from gristmill.data import layouts, status, summary
@@ -145,20 +147,38 @@ def _run(plan: Plan, job: Job, space: Workspace, units: Sequence[int]) -> list[F
         units = array.mine(units, executor)
     with Meter({unit: plan.text_bytes(unit) for unit in units}) as meter:
         try:
-            if isinstance(executor, int):
-                return local.run(task, units, executor, meter.update)
-            if isinstance(executor, Array):
-                return array.run(task, units, executor, meter.update)
-            from gristmill.data.executors import ray as cluster
+            with _stoppable():
+                if isinstance(executor, int):
+                    return local.run(task, units, executor, meter.update)
+                if isinstance(executor, Array):
+                    return array.run(task, units, executor, meter.update)
+                from gristmill.data.executors import ray as cluster
 
-            return cluster.run(task, units, executor, meter.update)
-        except KeyboardInterrupt:
+                return cluster.run(task, units, executor, meter.update)
+        except KeyboardInterrupt as stop:
             done = len(space.committed())
             raise Interrupted(
-                signal.SIGINT,
+                stop.args[0] if stop.args else signal.SIGINT,
                 f"interrupted: {done} of {len(plan.units)} parts are done. "
                 "the same command goes on from there.",
             ) from None
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, by which schedulers end jobs, is as good as Ctrl-C: workers end in good order."""
+
+    def stop(number: int, _: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _anywhere(storage: Storage) -> str:

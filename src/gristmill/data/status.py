@@ -22,7 +22,10 @@ def show(out: str | None) -> None:
     if out is None:
         raise UserError("which output? for example: gristmill prepare status OUT")
     for place in _places(Storage(out)):
-        print(text(place))
+        try:
+            print(text(place))
+        except FileNotFoundError:
+            print(text(place))  # it was completed while we looked
 
 
 def text(out: Storage) -> str:

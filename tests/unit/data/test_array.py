@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from gristmill.config.commands import Prepare
 from gristmill.data import prepare
 from gristmill.data.dataset import Dataset
+from gristmill.data.executors import local
 from gristmill.data.executors.array import Array, mine, place
 from gristmill.data.storage import Storage
 from gristmill.data.workspace import Workspace
@@ -66,6 +68,17 @@ def test_kubernetes_tells_the_rank_only():
         place("auto", "auto", {})
     with pytest.raises(UserError, match="--rank 3 is not in a --world of 3"):
         place("auto", 3, env)
+
+
+def test_no_more_processes_than_the_scheduler_gave_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_CPU_SHARE", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    assert local.available_cores({}) == 64
+    assert local.available_cores({"SLURM_CPUS_PER_TASK": "8"}) == 8
+    (tmp_path / "cpu.max").write_text("350000 100000\n")
+    assert local.available_cores({}) == 4
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert local.available_cores({}) == 64
 
 
 def test_units_are_dealt_out_once_whatever_is_done():

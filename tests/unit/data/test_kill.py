@@ -104,13 +104,14 @@ def test_killed_before_the_first_unit_is_done(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_interrupt_ends_all_processes_and_keeps_the_work(start, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_all_processes_and_keep_the_work(number, start, tmp_path):
     out = tmp_path / "out"
     process = start(out, 2)
     units = out / workspace.NAME / "units"
     children = until_one_more_is_done(process, out)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=10) != 0
+    process.send_signal(number)
+    assert process.wait(timeout=10) != -number, "it did not end in good order"
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert os.listdir(units)

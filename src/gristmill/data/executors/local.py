@@ -7,6 +7,7 @@ ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -17,9 +18,10 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from gristmill.data.documents import DataError
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from gristmill.data.executors.work import Work
 
 _REPORT_INTERVAL_S = 0.2
+_CPU_SHARE = Path("/sys/fs/cgroup/cpu.max")
 # The errors of a worker that are raised again here, by the name they are sent under.
 _ERRORS = {error.__name__: error for error in (UserError, RunError)}
 
@@ -109,6 +112,21 @@ def run_here(task: Task, units: Sequence[int], on_progress: OnProgress) -> list[
         except DataError as error:
             failures.append(Failure(unit, str(error)))
     return failures
+
+
+def available_cores(env: Mapping[str, str] = os.environ) -> int:
+    """Processor cores that this process may use, by its mask, SLURM, or its container's share."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    given = env.get("SLURM_CPUS_PER_TASK", "")
+    if given.isdecimal():
+        cores = min(cores, int(given))
+    # Kubernetes limits the time on all cores, not their number.
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = _CPU_SHARE.read_text().split()
+        cores = min(cores, -(-int(quota) // int(period)))
+    return max(1, cores)
 
 
 def _after_death(worker: _Worker, deaths: dict[int, int], waiting: deque[int]) -> list[Failure]:
