@@ -84,7 +84,7 @@ COMMANDS = {
     "data import": Command(
         "gristmill.config.data_commands:DataImport",
         "gristmill.data.adopt:run",
-        "adopt datasets that litdata or lit-llama wrote, where they are",
+        "adopt litdata datasets where they are, and packed files as copies",
         MANY_INPUTS,
     ),
     "pretrain": Command(
