@@ -68,6 +68,15 @@ def test_folders_of_nodes_become_one_dataset_for_each_split(tmp_path, how):
     assert not (out / "train" / adopt.MARK).exists()
 
 
+def test_documents_without_tokens_end_nothing(tmp_path):
+    folder = write_litdata(tmp_path / "lit", [[[], [1, 2], [], [], [3], []]])
+    do(folder)
+    dataset = Dataset.open(folder)
+    assert verify.problems(folder) == []
+    assert dataset.map(0).ends_within(0, 3).tolist() == [2, 3]
+    assert dataset.map(0).ends_within(2, 3).tolist() == [1]
+
+
 def test_several_folders_need_a_place(tmp_path):
     one, two = write_litdata(tmp_path / "1", ONE), write_litdata(tmp_path / "2", TWO)
     with pytest.raises(UserError, match="--output_dir") as error:
