@@ -98,7 +98,7 @@ def _record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _data(settings: dict[str, Any]) -> tuple[Path, int]:
+def _data(settings: dict[str, Any]) -> tuple[str | Path, int]:
     """The training dataset of a run's settings, and the seed of its order."""
     words = ["--data", json.dumps(settings["data"])]
     cfg = parse(Pretrain, words, prog="gristmill pretrain", positionals=())
@@ -106,4 +106,9 @@ def _data(settings: dict[str, Any]) -> tuple[Path, int]:
     tokenizer = settings.get("tokenizer_dir") or settings.get("initial_checkpoint_dir")
     with contextlib.redirect_stdout(sys.stderr):
         found = open_datasets(cfg.data, Path(tokenizer) if tokenizer else None)
+    if isinstance(found.train, tuple):
+        raise UserError(
+            "the run was trained on a mixture, whose steps cannot be shown yet. look at one of its "
+            "datasets: gristmill data inspect DATASET --sample G --seq_len T"
+        )
     return found.train, found.seed
