@@ -20,6 +20,8 @@ from gristmill.data.dataset import Dataset
 from gristmill.data.look_ahead import LookAhead, Plan
 from gristmill.data.mixture import Mixture
 from gristmill.data.order import SPREAD, Order, key, perm, samples_per_chunk
+from gristmill.data.pack import VERSION as PACKING_VERSION
+from gristmill.data.pack import PackSummary, find_plan
 from gristmill.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,12 +41,16 @@ class Batch:
     valid: NDArray[np.bool_]
     """bool [rows]; False for a row that only fills the shape."""
     doc_ends: list[NDArray[np.int32]]
-    """For each row, where documents end: the index after a last token, 1 to seq_len + 1."""
+    """For each row, where documents end: the index after a last token, 1 to seq_len + 1. In a
+    packed row, where each piece of a document ends."""
     sample_ids: Int64s
     """Number of each sample in its dataset as it lies on the disk, those of earlier sources before
     it; -1 where not valid."""
     sources: Int64s
     """Which source each sample is from; -1 where not valid."""
+    lengths: Int64s
+    """Tokens that are there, int64 [rows]: seq_len + 1, or fewer in a packed row; 0 where not
+    valid."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,9 @@ class TokenStream:
     `datasets` is one, or the sources of a `mixture`, which gives each sample its source; without a
     mixture they follow one another. With `endless=False` there is one pass, and rows beyond its end
     are not valid. `shuffle=False` keeps the order on the disk. Ranks read neighbouring chunks of a
-    batch, or with `spread` a random share of it. Raises UserError when an endless stream would have
-    no sample.
+    batch, or with `spread` a random share of it. With `packing`, samples are rows of whole
+    documents, filled up with padding (`data/pack.py`), and belong with a document mask. Raises
+    UserError when an endless stream would have no sample.
     """
 
     def __init__(
@@ -79,17 +86,22 @@ class TokenStream:
         shuffle: bool = True,
         endless: bool = True,
         spread: bool = False,
+        packing: bool = False,
     ) -> None:
         assert seq_len > 0
         self.datasets = (datasets,) if isinstance(datasets, Dataset) else tuple(datasets)
         assert len(self.datasets) == 1 or mixture is not None or not endless
         self.seq_len, self.mixture = seq_len, mixture
         self._seed, self._shuffle, self._endless, self._spread = seed, shuffle, endless, spread
+        self._plans = [find_plan(dataset, seq_len) for dataset in self.datasets if packing]
         self._orders: list[Order] = []
         self._first_samples: list[Int64s] = []
         before = 0
         for number, dataset in enumerate(self.datasets):
-            samples = samples_per_chunk(dataset.chunk_tokens, seq_len)
+            if packing:
+                samples = self._plans[number].chunk_rows
+            else:
+                samples = samples_per_chunk(dataset.chunk_tokens, seq_len)
             self._first_samples.append(np.cumsum(samples) - samples + before)
             self._orders.append(Order(samples, seed, shuffle=shuffle, source=number))
             before += self._orders[-1].num_samples
@@ -109,6 +121,11 @@ class TokenStream:
     def source_samples(self) -> Int64s:
         """Samples of each dataset, int64[sources]."""
         return np.diff(self._starts)
+
+    @property
+    def packing(self) -> list[PackSummary]:
+        """What packing makes of each dataset; empty for a stream that is not packed."""
+        return [plan.summary for plan in self._plans]
 
     def epochs(self, samples: int) -> list[float]:
         """How often each source has been gone through after `samples` samples of the stream."""
@@ -131,6 +148,8 @@ class TokenStream:
             found["mixture"] = [[s.start, list(s.weights)] for s in self.mixture.stages]
         if self._spread:
             found["spread"] = 1
+        if self._plans:
+            found["packing"] = PACKING_VERSION
         return found
 
     def batch(self, samples: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
@@ -187,17 +206,26 @@ class TokenStream:
         width, count = self.seq_len + 1, len(rows.source)
         tokens = np.zeros((num_rows, width), dtype=np.int64)
         sample_ids, sources = np.full((2, num_rows), -1, dtype=np.int64)
+        lengths = np.zeros(num_rows, dtype=np.int64)
         doc_ends: list[NDArray[np.int32]] = []
         places = zip(rows.source.tolist(), rows.chunk.tolist(), rows.row.tolist(), strict=True)
         for index, (source, chunk, row) in enumerate(places):
-            start = row * self.seq_len
             mapped = self.datasets[source].map(chunk)
-            tokens[index] = mapped.tokens[start : start + width]
-            doc_ends.append(mapped.ends_within(start, start + width))
+            if self._plans:
+                where, ends = self._plans[source].places(mapped, chunk, row)
+                tokens[index, : len(where)] = mapped.tokens[where]
+                lengths[index] = len(where)
+            else:
+                start = row * self.seq_len
+                tokens[index] = mapped.tokens[start : start + width]
+                lengths[index] = width
+                ends = mapped.ends_within(start, start + width)
+            doc_ends.append(ends)
             sample_ids[index] = self._first_samples[source][chunk] + row
         sources[:count] = rows.source
         doc_ends += [np.empty(0, dtype=np.int32)] * (num_rows - count)
-        return Batch(tokens, np.arange(num_rows) < count, doc_ends, sample_ids, sources)
+        valid = np.arange(num_rows) < count
+        return Batch(tokens, valid, doc_ends, sample_ids, sources, lengths)
 
 
 def _no_sample(dataset: Dataset, seq_len: int) -> UserError:

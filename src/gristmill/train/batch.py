@@ -26,22 +26,28 @@ class TokenBatch:
     num_targets: int
     documents: Tensor | None = None
     """int32 [rows, seq_len + 1], the number of each token's document in its row; None: no mask."""
+    lengths: Tensor | None = None
+    """int64 [rows], tokens of each row that are there; None: all."""
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, *, document_mask: bool = False) -> TokenBatch:
         """The stream's batch on the device.
 
-        With `document_mask` the first token of a document is nobody's target.
+        With `document_mask` the first token of a document is nobody's target. Padding behind the
+        last token of a packed row is nobody's either, and a document of its own for the mask.
         """
-        num_targets = int(batch.valid.sum()) * (batch.tokens.shape[1] - 1)
-        documents = None
+        width = batch.tokens.shape[1]
+        is_target = (np.arange(1, width) < batch.lengths[:, None]) & batch.valid[:, None]
+        documents = lengths = None
+        if bool((batch.lengths[batch.valid] < width).any()):
+            lengths = torch.from_numpy(batch.lengths).to(device)
         if document_mask:
             numbers = _document_numbers(batch)
-            num_targets -= int((np.diff(numbers[batch.valid], axis=1) != 0).sum())
+            is_target &= numbers[:, 1:] == numbers[:, :-1]
             documents = _to_device(torch.from_numpy(numbers), device)
         tokens = _to_device(torch.from_numpy(batch.tokens), device)
         valid = torch.from_numpy(batch.valid).to(device)
-        return cls(tokens, valid, num_targets, documents)
+        return cls(tokens, valid, int(is_target.sum()), documents, lengths)
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The rows, `size` at a time; the last ones are padded.
@@ -53,6 +59,9 @@ class TokenBatch:
             tokens = _padded(self.tokens[rows], size)
             ignored = ~_padded(self.valid[rows], size).unsqueeze(1)
             documents = None
+            if self.lengths is not None:
+                index = torch.arange(1, tokens.shape[1], device=tokens.device)
+                ignored = ignored | (index >= _padded(self.lengths[rows], size).unsqueeze(1))
             if self.documents is not None:
                 numbers = _padded(self.documents[rows], size)
                 ignored = ignored | (numbers[:, 1:] != numbers[:, :-1])

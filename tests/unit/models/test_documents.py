@@ -36,7 +36,9 @@ def config(**changes):
 def packed_batch():
     tokens = np.random.default_rng(0).integers(0, 64, (len(ENDS), SEQ_LEN + 1))
     ends = [np.array(e, dtype=np.int32) for e in ENDS]
-    return Batch(tokens, np.ones(len(ENDS), dtype=bool), ends, np.arange(len(ENDS)))
+    rows = np.arange(len(ENDS))
+    valid, sources = np.ones(len(rows), dtype=bool), np.zeros_like(rows)
+    return Batch(tokens, valid, ends, rows, sources, np.full_like(rows, SEQ_LEN + 1))
 
 
 def apart():
