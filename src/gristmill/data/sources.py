@@ -17,7 +17,8 @@ from gristmill.data.documents import (
     Span,
     Unreadable,
 )
-from gristmill.data.inputs import CACHE, list_inputs, root_of
+from gristmill.data.inputs import list_inputs as list_inputs
+from gristmill.data.inputs import root_of as root_of
 from gristmill.data.readers.compressed import is_compressed
 from gristmill.data.readers.reading import Reading
 from gristmill.data.select import Selection
@@ -148,19 +149,3 @@ def nothing_read(path: str | Path | Storage, num_inputs: int, rejects: Sequence[
     if first.reason.startswith(("no field", "field")):
         advice = "name the field that holds the text (--text_field)."
     return f"nothing in {place} could be read ({first.path}: {first.reason}{detail}). {advice}"
-
-
-__all__ = [
-    "CACHE",
-    "Format",
-    "Input",
-    "Reject",
-    "Span",
-    "documents",
-    "is_parted",
-    "iter_documents",
-    "list_inputs",
-    "nothing_read",
-    "read_span",
-    "root_of",
-]

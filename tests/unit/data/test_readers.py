@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gristmill.data import documents, sources
-from gristmill.data.documents import FILTERED, DataError, Format, Reject, Span, Unreadable
+from gristmill.data.documents import FILTERED, DataError, Format, Input, Reject, Span, Unreadable
 from gristmill.data.inputs import list_inputs, root_of
 from gristmill.data.readers.long_json import LongJson, Outline, cut_point
 from gristmill.data.readers.reading import Reading
@@ -278,7 +278,7 @@ def test_arrays_of_any_records_are_parted(tmp_path_factory, rows, block, indent,
 
 
 def outline(data: bytes, step: int, form: Format = RECORDS, **options) -> list:
-    item = sources.Input("a.jsonl", "a.jsonl", len(data))
+    item = Input("a.jsonl", "a.jsonl", len(data))
     reading = Reading(form, Storage("."), item, Span(0, 0, -1), **options)
     with Outline(reading, 7) as taken:
         for at in range(0, len(data), step):

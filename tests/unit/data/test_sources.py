@@ -73,6 +73,8 @@ FILES = {
     "part-000": LINES,
 }
 
+DAMAGED = [name for name in FILES if name not in ("a.jsonl", "lines.json", "part-000")]
+
 
 def plain(found) -> list:
     """Documents with the pieces of long ones joined."""
@@ -94,6 +96,23 @@ def place(request, tmp_path) -> str:
 def test_every_form_gives_the_same_documents(place, name):
     Storage(place).write(name, FILES[name])
     assert read(f"{place}/{name}", RECORDS) == TEXTS
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if "parquet" not in n])
+@pytest.mark.parametrize("block", [1, 50, 700])
+def test_a_store_is_read_in_advance(monkeypatch, name, block):
+    monkeypatch.setattr("gristmill.data.readers.reading._AHEAD_BYTES", block)
+    place = f"memory://{uuid.uuid4().hex}/data"
+    Storage(place).write(name, FILES[name])
+    assert read(f"{place}/{name}", RECORDS) == TEXTS
+    if name == "a.jsonl":
+        assert (
+            read(f"{place}/{name}", RECORDS, 0, 99) + read(f"{place}/{name}", RECORDS, 99) == TEXTS
+        )
+    if name in DAMAGED:
+        Storage(place).write(name, FILES[name][:-20])
+        with pytest.raises(DataError, match="is damaged or incomplete"):
+            read(f"{place}/{name}", RECORDS)
 
 
 def test_text_is_read_from_anywhere(place):
@@ -150,9 +169,6 @@ def test_cuts_at_line_ends(tmp_path):
     assert read(path, RECORDS, end, -1) == TEXTS[1:]
 
 
-DAMAGED = [name for name in FILES if name not in ("a.jsonl", "lines.json", "part-000")]
-
-
 @pytest.mark.parametrize("missing", [1, 9, 20, 200])
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_truncated_file_is_named_and_never_taken_as_whole(place, name, missing):
@@ -200,7 +216,8 @@ def test_a_missing_file_is_named(place):
             list(sources.read_span(RECORDS, Storage(place), Input(name, name, 30), Span(0, 0, -1)))
 
 
-def test_errors_of_a_store_are_errors_of_the_file(monkeypatch):
+@pytest.mark.parametrize("size", [3, 1 << 30])
+def test_errors_of_a_store_are_errors_of_the_file(monkeypatch, size):
     class Failing:
         closed = False
 
@@ -214,11 +231,11 @@ def test_errors_of_a_store_are_errors_of_the_file(monkeypatch):
             pass
 
     monkeypatch.setattr(Storage, "open", lambda self, name: Failing())
-    item = Input("a.jsonl", "a.jsonl", 3)
     for name in ("a.jsonl", "a.json", "a.jsonl.zst"):
-        item = Input(name, name, 3)
+        item = Input(name, name, size)
+        found = sources.read_span(RECORDS, Storage("s3://b/x"), item, Span(0, 0, -1), check=False)
         with pytest.raises(DataError, match=r"cannot read .*RuntimeError: the endpoint is gone"):
-            list(sources.read_span(RECORDS, Storage("s3://b/x"), item, Span(0, 0, -1)))
+            list(found)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson.zst", "a.parquet"])

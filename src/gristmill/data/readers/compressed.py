@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 _READ_BYTES = 1 << 18
 _SUFFIXES = {".gz", ".zst"}
@@ -31,7 +31,7 @@ def is_compressed(place: str | Path) -> bool:
     return PurePath(place).suffix.lower() in _SUFFIXES
 
 
-def reader(place: str | Path, raw: BinaryIO) -> Stream:
+def reader(place: str | Path, raw: Stream) -> Stream:
     """The text of `raw`, a file called `place`.
 
     Reading raises Damaged, EOFError or zlib.error where the file is broken or cut short.
@@ -47,7 +47,7 @@ def reader(place: str | Path, raw: BinaryIO) -> Stream:
 class _Gzip:
     """Gzip members, one after another; their checksums are compared by zlib."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: Stream) -> None:
         self._raw = raw
         self._member: Any = None
         self._left = b""
@@ -78,7 +78,7 @@ class _Gzip:
 class _Zstandard:
     """Zstandard frames, one after another."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: Stream) -> None:
         import zstandard
 
         self._error: type[Exception] = zstandard.ZstdError
@@ -108,7 +108,7 @@ class _Frames:
     frames and blocks are followed here (RFC 8878, section 3.1): one for about 128 kB of text.
     """
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: Stream) -> None:
         self._raw = raw
         self._skip = 0
         self._head = b""
@@ -120,7 +120,7 @@ class _Frames:
         """Whether no frame is open."""
         return not self._skip and not self._head and self._next == self._magic
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read(self, size: int, /) -> bytes:
         """The next bytes of the file, as they are."""
         data = self._raw.read(size)
         at, end = 0, len(data)

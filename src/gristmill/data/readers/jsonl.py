@@ -12,7 +12,7 @@ from gristmill.data.readers import long_json
 from gristmill.data.readers.compressed import Stream, is_compressed
 from gristmill.data.readers.reading import Reading
 
-_BLOCK_BYTES = 1 << 19
+_BLOCK_BYTES = 1 << 18  # fits into a core's cache with what becomes of it
 
 
 def read(reading: Reading) -> Iterator[Document]:
@@ -21,11 +21,11 @@ def read(reading: Reading) -> Iterator[Document]:
     stop = span.stop if span.stop >= 0 else 1 << 62
     at = max(0, span.start - 1)
     with reading.open() as file:
-        if not is_compressed(reading.item.place):
+        is_plain = not is_compressed(reading.item.place)
+        if is_plain:
             file.seek(at)
-            stream: Stream = file
-        else:
-            stream = reading.stream(file)
+        stream = reading.stream(file)
+        if not is_plain:
             _skip(stream, at)
         lines = Lines(stream, at)
         if span.start > 0:

@@ -7,17 +7,23 @@ import errno
 import io
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, cast
 
 import orjson
 
-from gristmill.data.documents import DataError, Document, Format, Input, Reject, Span
+from gristmill.data.documents import DataError, Format, Input, Reject, Span
 from gristmill.data.readers import compressed
 from gristmill.data.select import MISSING, Selection, look_up
 from gristmill.data.storage import Storage
+
+# A file of a store is fetched in blocks of this size, this many in advance.
+_AHEAD_BYTES = 4 << 20
+_AHEAD_BLOCKS = 3
 
 BOM = b"\xef\xbb\xbf"
 
@@ -50,7 +56,12 @@ class Reading:
         return self.open()
 
     def stream(self, file: BinaryIO) -> compressed.Stream:
-        """The text of the file, decompressed: `read(n)` gives 1 to n bytes, none at the end."""
+        """The text of the file from where it stands, decompressed.
+
+        `read(n)` gives 1 to n bytes, none at the end.
+        """
+        if isinstance(file, _Remote) and self.item.size > _AHEAD_BYTES:
+            return compressed.reader(self.item.place, file.ahead())
         return compressed.reader(self.item.place, file)
 
     def reject(self, at: int, reason: str, detail: str = "") -> Reject:
@@ -139,6 +150,12 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
+        self._ahead: _Ahead | None = None
+
+    def ahead(self) -> _Ahead:
+        """What follows, fetched in advance; nothing else may read the file any more."""
+        self._ahead = _Ahead(self)
+        return self._ahead
 
     def readable(self) -> bool:
         return True
@@ -161,6 +178,8 @@ class _Remote(io.RawIOBase):
         return self._file.tell()
 
     def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
         if not self.closed:
             self._file.close()
         super().close()
@@ -176,4 +195,34 @@ class _Remote(io.RawIOBase):
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
 
-Documents = Iterator[Document]
+class _Ahead:
+    """A stream that is fetched by a thread while what came before is worked on."""
+
+    def __init__(self, file: compressed.Stream) -> None:
+        self._file = file
+        self._thread = ThreadPoolExecutor(1, "read ahead")
+        self._fetched: deque[Future[bytes]] = deque()
+        self._data, self._at = b"", 0
+        for _ in range(_AHEAD_BLOCKS):
+            self._fetch()
+
+    def read(self, size: int, /) -> bytes:
+        """The next 1 to `size` bytes, none at the end."""
+        if self._at == len(self._data):
+            if not self._fetched:
+                return b""
+            self._data, self._at = self._fetched.popleft().result(), 0
+            if self._data:
+                self._fetch()
+            else:
+                self._fetched.clear()
+        data = self._data[self._at : self._at + size]
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        """Wait until nobody reads the file."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self) -> None:
+        self._fetched.append(self._thread.submit(self._file.read, _AHEAD_BYTES))
