@@ -17,7 +17,7 @@ import numpy as np
 
 from gristmill.config.commands import Prepare
 from gristmill.config.data_commands import DataEstimate
-from gristmill.data import layouts
+from gristmill.data import layouts, sources
 from gristmill.data.job import Job, jobs
 from gristmill.data.look import pieces
 from gristmill.data.look.page import Page, columns, counted, percent, size
@@ -33,6 +33,8 @@ from gristmill.util.errors import UserError
 _LEAST_BYTES = 16_000_000
 # This much is read in a few seconds, and then nothing is left to guess.
 _SMALL_BYTES = 64_000_000
+# A file that cannot be read from the middle keeps no more processes busy (`plan.cut`).
+_MOST_PARTS = 4
 # How far from the mean 95 % of a normal distribution lie, in standard deviations.
 _WITHIN = 1.96
 
@@ -166,6 +168,8 @@ class _Sample:
         )
         number = round(reckoned(tokens))
         workers = job.executor if isinstance(job.executor, int) else 1
+        parted = any(sources.is_parted(recipe.format, item.place) for item in job.inputs)
+        busy = workers if parted else min(workers, _MOST_PARTS * len(job.inputs))
         return Estimate(
             name=name,
             files=len(job.inputs),
@@ -178,7 +182,7 @@ class _Sample:
             text_bytes=round(reckoned([_text_bytes(record) for record in self.records])),
             dataset_bytes=number * np.dtype(recipe.dtype).itemsize + 4 * documents,
             dtype=recipe.dtype,
-            seconds=reckoned(self.seconds) / min(workers, max(1, len(job.inputs)) * 4),
+            seconds=reckoned(self.seconds) / busy,
             num_workers=workers,
             engine=f"{self.engine.name} {self.engine.version}",
             rejects=dict(sorted(rejects.items())),
