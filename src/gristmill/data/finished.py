@@ -22,7 +22,7 @@ def finished(plan: Plan, out: Storage, *, overwrite: bool = False) -> Made:
     Raises UserError when something else is in the way, with `overwrite` only other people's files.
     """
     found, begun = datasets_in(out), Workspace.open(out).stored()
-    if begun is None and _are_of(found, plan, out):
+    if _are_of(found, plan, noted := _noted(out)) and (begun is None or noted == plan.job):
         return found
     if not overwrite:
         if begun and begun["job"] != plan.job:
@@ -50,14 +50,19 @@ def _another(out: Storage, what: str, plan: Plan, name: str, *, replaceable: boo
     )
 
 
-def _are_of(found: Made, plan: Plan, out: Storage) -> bool:
-    """Whether these are all the datasets that the plan makes."""
-    if set(found) != set(plan.recipe.splits) or _plans(found) != {plan.hash}:
-        return False
+def _are_of(found: Made, plan: Plan, noted: str | None) -> bool:
+    """Whether these are all the datasets that the plan makes, of inputs as they are now."""
+    # A copy may lack the hidden file.
+    same = noted in (None, plan.job)
+    return same and set(found) == set(plan.recipe.splits) and _plans(found) == {plan.hash}
+
+
+def _noted(out: Storage) -> str | None:
+    """The job that was noted when all was finished."""
     try:
-        return bool(json.loads(out.read(JOB))["job"] == plan.job)
-    except FileNotFoundError:
-        return True  # a copy without the hidden file
+        return str(json.loads(out.read(JOB))["job"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _plans(found: Made) -> set[str]:

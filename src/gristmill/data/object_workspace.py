@@ -122,15 +122,15 @@ class ObjectWorkspace(Workspace):
     def wipe(self) -> None:
         """Remove all that an unfinished job left, its name last."""
         check_replaceable(self.out)
-        job = f"{NAME}/job.json"
-        for name in [entry.name for entry in self.out.list() if entry.name != job]:
+        for name in sorted({entry.name.split("/")[0] for entry in self.out.list()} - {NAME}):
             self.out.remove(name)
-        self.out.remove(job)
+        self.close()
 
     def close(self) -> None:
-        """Remove the working objects."""
+        """Remove the working objects, the job's name last."""
+        for name in ("plan.json", "tokenizer", "rejects", "parts", "units", "rejects.jsonl"):
+            self.out.remove(f"{NAME}/{name}")
         self.out.remove(f"{NAME}/job.json")
-        self.out.remove(NAME)
 
 
 def _record_name(unit: int) -> str:

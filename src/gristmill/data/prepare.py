@@ -62,6 +62,7 @@ def _prepare(job: Job) -> None:
         finish_swap(job.out.path)
     made = {} if job.overwrite else finished(plan, job.out)
     if made:
+        Workspace.open(job.out).close()  # what a process that was killed at its end has left
         print(f"{job.out.root} is finished already: nothing to do (--overwrite prepares it anew).")
     else:
         made = build(plan, job)
@@ -90,11 +91,14 @@ def build(plan: Plan, job: Job) -> Made:
                     return {}
                 made = finalize(plan, space.engine(), space, job.max_reject_fraction)
                 space.out.write(JOB, json.dumps({"job": plan.job}).encode() + b"\n")
-                space.close()
+            space.close()
             if replaces:
                 swap(space.out.path, job.out.path)
     except OSError as error:
-        raise write_error(error, space.out) from error
+        # On an object store nothing holds back another process that finishes the same job.
+        made = finished(plan, space.out) if isinstance(error, FileNotFoundError) else {}
+        if not made:
+            raise write_error(error, space.out) from error
     return made
 
 
@@ -126,7 +130,7 @@ def _begin(plan: Plan, job: Job, space: Workspace) -> None:
         done = len(space.committed())
         print(f"going on: {done} of {len(plan.units)} parts are done", file=sys.stderr)
         return
-    if not is_shared:  # what other ranks have begun must stay
+    if begun and not is_shared:  # what other ranks have begun must stay
         space.wipe()
     space.start(plan, engine, job.tokenizer)
 

@@ -8,7 +8,7 @@ from collections import Counter
 from gristmill.data import manifest, summary
 from gristmill.data.storage import Storage
 from gristmill.data.swap import beside
-from gristmill.data.workspace import NAME, Workspace, datasets_in
+from gristmill.data.workspace import JOB, NAME, Workspace, datasets_in
 from gristmill.util.errors import UserError
 
 _JOB = f"{NAME}/job.json"
@@ -31,7 +31,7 @@ def show(out: str | None) -> None:
 def text(out: Storage) -> str:
     """What there is in `out`: the finished dataset, or how much of it."""
     space = Workspace.open(out)
-    if space.stored() is None:
+    if space.stored() is None or out.exists(JOB):
         return "finished: " + summary.text(out, datasets_in(out), None, following=False)
     plan, engine = space.load()
     done = sorted(space.committed() & set(range(len(plan.units))))

@@ -142,7 +142,7 @@ class Workspace(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Remove the working directory of a finished job, what says that there is one first."""
+        """Remove the working directory of a finished job, its name last."""
 
 
 class LocalWorkspace(Workspace):
@@ -282,7 +282,9 @@ class LocalWorkspace(Workspace):
 
     def close(self) -> None:
         """Remove the working directory."""
-        (self.folder / "job.json").unlink(missing_ok=True)
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if path.name != "job.json":
+                self.out.remove(f"{NAME}/{path.name}")
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
