@@ -25,7 +25,7 @@ from data.conftest import make_text, save_tokenizer, tree
 from data.s3 import bucket, s3_server, stored, upload  # noqa: F401
 
 from gristmill.data.storage import Storage, is_url
-from gristmill.data.workspace import NAME
+from gristmill.data.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -185,6 +185,9 @@ class Job:
         """Every file that is there, and its bytes."""
         return stored(self.out) if is_url(self.out) else tree(Path(self.out))
 
+    def num_done(self) -> int:
+        return len(Workspace.open(Storage(self.out)).committed())
+
     def is_finished(self) -> bool:
         place = Storage(self.out)
         return all(place.exists(f"{name}/manifest.json") for name in ("train", "val"))
@@ -222,16 +225,22 @@ class Killer:
 
     def killed(self, who: str) -> None:
         self.kills += 1
-        done = len(list(Storage(self.job.out).list(f"{NAME}/units")))
-        print(f"kill {self.kills}: {who}, {done} files of units committed")
+        print(f"kill {self.kills}: {who}, {self.job.num_done()} units committed")
 
-    def sleep(self, kind: str) -> None:
-        time.sleep(self.random.uniform(0, self.seconds[kind.split()[0]]))
+    def wait(self, process: subprocess.Popen, kind: str) -> None:
+        """Sleep for a random time; for every second kill, begun when one more unit is done."""
+        seconds = self.seconds[kind.split()[0]]
+        if self.kills % 2:
+            before = self.job.num_done()
+            while self.job.num_done() <= before and process.poll() is None:
+                time.sleep(0.02)
+            seconds /= 2
+        time.sleep(self.random.uniform(0, seconds))
 
     def driver(self, kind: str) -> None:
         """Kill the command itself."""
         process = self.job.start(*self.options(kind))
-        self.sleep(kind)
+        self.wait(process, kind)
         if process.poll() is None:
             process.kill()
             self.killed(f"{kind} driver")
@@ -240,7 +249,7 @@ class Killer:
     def worker(self, kind: str) -> None:
         """Kill a process that runs a unit; the command goes on without it and ends well."""
         process = self.job.start(*self.options(kind))
-        self.sleep(kind)
+        self.wait(process, kind)
         while process.poll() is None:
             if found := self._workers(process, kind):
                 _kill(self.random.choice(found))
@@ -262,7 +271,7 @@ class Killer:
         """Kill one of the two ranks of an array, which is then run again."""
         one = ("--executor", "array", "--world", "2", "--num_workers", "1", "--rank")
         ranks = [self.job.start(*one, str(rank)) for rank in range(2)]
-        self.sleep(kind)
+        self.wait(ranks[0], kind)
         chosen = self.random.randrange(2)
         if ranks[chosen].poll() is None:
             ranks[chosen].kill()
@@ -274,7 +283,7 @@ class Killer:
     def node(self, kind: str) -> None:
         """Kill a node of the cluster; the command goes on with the other and ends well."""
         process = self.job.start(*self.options(kind))
-        self.sleep(kind)
+        self.wait(process, kind)
         if process.poll() is None:
             self.nodes.kill_node()
             self.killed(f"{kind} node")

@@ -5,8 +5,10 @@ The cluster is stood in for by `FakeRay`; kills on a real one are in tests/e2e/t
 
 from __future__ import annotations
 
+import os
 import queue
 import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -18,7 +20,10 @@ from gristmill.data.executors import Failure, Task
 from gristmill.data.executors import ray as cluster
 from gristmill.data.executors import work as work_module
 from gristmill.data.units import Progress
+from gristmill.data.workspace import NAME
 from gristmill.util.errors import RunError, UserError
+
+from .conftest import tree
 
 TASK = Task("/out", "/in")
 HERE = f"unit 4 on {socket.gethostname()}"
@@ -246,7 +251,11 @@ def caused(error, cause):
             {"error": "RunError", "text": "full", "fix": []},
         ),
         (caused(RunError("reset"), ConnectionResetError(104, "")), {"again": "reset"}),
-        (KeyError("x"), {"again": f"KeyError while preparing {HERE}: 'x'."}),
+        (
+            KeyError("x"),
+            {"error": "RunError", "text": f"KeyError while preparing {HERE}: 'x'.", "fix": []},
+        ),
+        (queue.Empty("x"), {"again": f"Empty while preparing {HERE}: x."}),
         (MemoryError(), {"again": f"MemoryError while preparing {HERE}: ."}),
     ],
 )
@@ -278,6 +287,62 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     with pytest.raises(UserError, match=r"gristmill\[ray\]") as caught:
         cluster.run(TASK, [0], RayCluster(), lambda *_: None)
     assert caught.value.fix == {"--executor": "local"}
+
+
+COMMAND = """
+import sys
+from gristmill.cli import main
+from gristmill.data import plan
+
+plan._MIN_UNIT_BYTES, plan._UNITS_WANTED = 8000, 1000
+sys.exit(main(["prepare", "textfiles", *sys.argv[1:]]))
+"""
+POISON = """
+import os
+
+def kept(texts):
+    if any("poison" in text for text in texts) and not os.path.exists({cure!r}):
+        os._exit(7)
+    return [True] * len(texts)
+"""
+
+
+@pytest.mark.slow
+def test_a_unit_that_kills_workers_of_a_real_cluster(novels, tokenizer_dir, tmp_path):
+    pytest.importorskip("ray")
+    (tmp_path / "command.py").write_text(COMMAND)
+    (tmp_path / "poisoned.py").write_text(POISON.format(cure=str(tmp_path / "cure")))
+    name = "b/c/10.txt"
+    (novels / name).write_text("poison " + (novels / name).read_text())
+
+    def prepare(out, *options):
+        command = [
+            *(sys.executable, tmp_path / "command.py", "--input_dir", novels),
+            *("--output_dir", tmp_path / out, "--tokenizer_dir", tokenizer_dir),
+            *("--engine", "tokenizers", "--map", "poisoned:kept", *options),
+        ]
+        return subprocess.run(
+            list(map(str, command)),
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    on_ray = ("--executor", "ray", "--ray.address", "local")
+    done = prepare("out", *on_ray)
+    assert done.returncode == 1
+    assert "1 of " in done.stderr
+    assert "died 3 times" in done.stderr
+    assert name in done.stderr
+    units = list((tmp_path / "out" / NAME / "units").iterdir())
+    assert len(units) > 5
+    (tmp_path / "cure").touch()
+    done = prepare("out", *on_ray)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(units)} of {len(units) + 1} parts are done" in done.stderr
+    assert prepare("calm", "--num_workers", 1).returncode == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "calm")
 
 
 def closed_port() -> int:

@@ -277,13 +277,16 @@ def _run(task: Task, job: str, unit: int, messages: queue.SimpleQueue[_Message])
     except UserError as error:
         messages.put({"error": "UserError", "text": str(error), "fix": [error.fix]})
     except RunError as error:
-        if _may_pass(error.__cause__):
-            messages.put({"again": str(error)})
-        else:
-            messages.put({"error": "RunError", "text": str(error), "fix": []})
+        messages.put(_ended(str(error), error.__cause__))
     except BaseException as error:
         where = f"unit {unit} on {socket.gethostname()}"
-        messages.put({"again": f"{type(error).__name__} while preparing {where}: {error}."})
+        messages.put(_ended(f"{type(error).__name__} while preparing {where}: {error}.", error))
+
+
+def _ended(text: str, cause: BaseException | None) -> _Message:
+    if _may_pass(cause):
+        return {"again": text}
+    return {"error": "RunError", "text": text, "fix": []}
 
 
 def _work(task: Task, job: str) -> Work:
@@ -304,5 +307,8 @@ def _work(task: Task, job: str) -> Work:
 
 
 def _may_pass(cause: BaseException | None) -> bool:
-    """Whether an error of storage may be gone in a moment."""
-    return isinstance(cause, OSError) and cause.errno not in _LASTING
+    """Whether an error may be gone in a moment: of storage, of a network's library, of memory."""
+    if isinstance(cause, OSError):
+        return cause.errno not in _LASTING
+    # Libraries of object stores raise errors of their own; built-in ones are somebody's mistake.
+    return isinstance(cause, MemoryError) or type(cause).__module__ != "builtins"
