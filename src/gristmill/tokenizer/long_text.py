@@ -56,7 +56,7 @@ _GLANCES: dict[Mark, Callable[[str], object]] = {
     " ": re.compile(".[ \u2581\u0120]", re.DOTALL).search,
 }
 
-_BEGINNING = 8_000
+_BEGINNING = 1_000
 
 _BEFORE = (
     *("a", "Z", "7", "12", "1234", ".", ";", "){", "'", "it's", "_", "\\", "$", "a b", "if x:"),
@@ -160,7 +160,7 @@ def _step(text: str) -> int:
 def _cut(text: str, step: int, rules: Sequence[_Rule]) -> Iterator[tuple[int, int]]:
     """Where pieces of about `step` characters or more begin and end."""
     start = 0
-    while (found := _next_place(text, start + step, max(step, 1000), rules)) is not None:
+    while (found := _next_place(text, start + step, max(step, 100), rules)) is not None:
         end, dropped = found
         yield start, end
         start = end + dropped

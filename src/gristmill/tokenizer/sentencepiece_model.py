@@ -87,8 +87,9 @@ class SentencePieceBackend:
         reached = marks_within(
             [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
         )
+        marks: set[Mark] = {"\n", " "}
         # The model's normalizer may make a newline a space.
-        return set() if " " in reached else {"\n", " "} - reached
+        return set() if " " in reached else marks - reached
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         table, split = self._always, self._split_always
