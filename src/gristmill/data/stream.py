@@ -106,7 +106,7 @@ class TokenStream:
             self._orders.append(Order(samples, seed, shuffle=shuffle, source=number))
             before += self._orders[-1].num_samples
             if endless and self._orders[-1].num_samples == 0:
-                raise _no_sample(dataset, seq_len)
+                raise _no_target(dataset) if packing else _no_sample(dataset, seq_len)
         self._starts = np.cumsum([0, *(order.num_samples for order in self._orders)])
         caches = {id(d.cache): d.cache for d in self.datasets if d.cache is not None}
         self._look_ahead = [
@@ -235,4 +235,12 @@ def _no_sample(dataset: Dataset, seq_len: int) -> UserError:
         f"{dataset.num_tokens:,} tokens in {len(dataset.chunks):,} chunks, the longest of "
         f"{longest:,}, and a sample takes {seq_len + 1:,}. use a shorter sequence or more text.",
         fix={"--train.max_seq_length": max(1, longest - 1)},
+    )
+
+
+def _no_target(dataset: Dataset) -> UserError:
+    return UserError(
+        f"{dataset.path} has nothing to pack: each of its {dataset.num_documents:,} documents is a "
+        "single token. if its items are not documents, leave packing out.",
+        fix={"--train.packing": "concat"},
     )
