@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 TokenPolicy = Literal["auto", "none"] | int
@@ -150,8 +150,53 @@ class LitData(DataModule):
     """A prepared dataset: gristmill's own or litdata token chunks, read where they are."""
 
     data_path: str
-    """Directory of the dataset, or of its `train` and `val` folders. `path` is accepted too."""
+    """Directory or URL of the dataset, or of its `train` and `val` folders. `path` is accepted
+    too."""
     split_names: tuple[str, str] | None = None
     """Names of the training and validation folders; unset: `train` and `val` if they are there."""
     seed: int = 42
     """Seed of the sample order."""
+    cache_dir: str | None = None
+    """Where chunks of an object store come to lie; unset: the user's cache."""
+    cache_gb: float | Literal["auto"] = "auto"
+    """Limit of that cache; auto: twice what is needed, at most most of the free disk."""
+
+
+@dataclass(kw_only=True)
+class MixtureSource:
+    """One corpus of a mixture."""
+
+    path: str
+    """Directory or URL of a prepared dataset, or of its `train` and `val` folders."""
+    weight: float = 1.0
+    """Share of the training tokens, relative to the others'."""
+    name: str | None = None
+    """What it is called in messages and metrics; unset: the name of its folder."""
+    max_epochs: float | None = None
+    """Refuse a run that would read it more often than this."""
+
+
+@dataclass(kw_only=True)
+class MixtureStage:
+    """Other weights from a point of the run on."""
+
+    from_tokens: float
+    """Training tokens after which they hold."""
+    weights: dict[str, float]
+    """Weight of each source by its name; one that is not named has none."""
+
+
+@dataclass(kw_only=True)
+class Mixture(DataModule):
+    """Several prepared datasets, mixed by weights that are shares of the training tokens."""
+
+    sources: list[MixtureSource]
+    """The corpora: [{path: …, weight: 7, name: …, max_epochs: …}, …]."""
+    stages: list[MixtureStage] = field(default_factory=list)
+    """Other weights later on: [{from_tokens: 1e9, weights: {web: 1, books: 3}}, …]."""
+    seed: int = 42
+    """Seed of the sample order."""
+    cache_dir: str | None = None
+    """Where chunks from object stores come to lie; unset: the user's cache."""
+    cache_gb: float | Literal["auto"] = "auto"
+    """Limit of that cache; auto: twice what is needed, at most most of the free disk."""

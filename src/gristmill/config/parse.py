@@ -239,21 +239,21 @@ def _is_ours(class_path: str) -> bool:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain data of a command's dataclass, classes as `class_path` and `init_args`."""
-    result: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, (DataModule, Optimizer)):
-            kind = type(value)
-            init = to_dict(value) if dataclasses.is_dataclass(value) else dict(vars(value))
-            value = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init}
-        elif dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, Path):
-            value = str(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        result[field.name] = value
-    return result
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (DataModule, Optimizer)):
+        kind = type(value)
+        init = to_dict(value) if dataclasses.is_dataclass(value) else dict(vars(value))
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init}
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
 
 
 def to_yaml(config: Any) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 from gristmill import __version__
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, discard_after, read_record
+from gristmill.data.corpus import MANY_EPOCHS
 from gristmill.models.counts import num_parameters
 from gristmill.models.device import describe
 from gristmill.track.console import Console, count, duration
@@ -167,26 +168,38 @@ class Run:
         batch = f"{length.global_batch_size} x {length.seq_len} tokens"
         if job.micro_batch_size != length.global_batch_size:
             batch += f", {job.micro_batch_size} at a time"
-        epochs = length.total_steps * length.global_batch_size / job.train.num_samples
         steps = f"{length.total_steps:,}, {length.warmup_steps:,} of them warm-up"
         if self.state.step:
             steps += f"; going on after step {self.state.step:,} from {self.start_from}"
         if length.max_time_s is not None:
             steps += f"; at most {duration(length.max_time_s)}"
-        data = f"{job.train.num_samples:,} samples, {epochs:.2f} epochs; validation: "
-        data += f"{job.val.num_samples:,} samples" if job.val else "none"
         self.console.start(
             {
                 "run": job.out_dir,
                 "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
                 "device": f"{describe(job.device, job.precision)}, {how}",
-                "data": data,
+                "data": self._describe_data(),
                 "tokens": f"{length.total_steps * length.step_tokens:,}",
                 "batch": batch,
                 "steps": steps,
                 "schedule": f"{job.cfg.train.schedule} from {job.lr:g} to {job.min_lr:g}",
             }
         )
+
+    def _describe_data(self) -> str:
+        """Samples, how often each source will be read, and what is held out."""
+        job = self.job
+        total = job.length.total_steps * job.length.global_batch_size
+        read = dict(zip(job.source_names, job.train.epochs(total), strict=True))
+        epochs = f"{read[job.source_names[0]]:.2f} epochs"
+        if len(read) > 1:
+            epochs = "epochs: " + ", ".join(f"{name} {times:.2f}" for name, times in read.items())
+        text = f"{job.train.num_samples:,} samples, {epochs}; validation: "
+        text += f"{job.val.num_samples:,} samples" if job.val else "none"
+        often = [name for name, times in read.items() if times > MANY_EPOCHS]
+        if often and len(read) > 1:
+            text += f" (more than {MANY_EPOCHS} epochs of {', '.join(often)}: it may not pay)"
+        return text
 
     def done(self) -> bool:
         """Whether there is no step more to make: enough of them, out of time, or told to stop."""

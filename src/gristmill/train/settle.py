@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from gristmill.config.commands import Pretrain
-from gristmill.config.data import DataModule, LitData
+from gristmill.config.data import DataModule, LitData, Mixture
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
-from gristmill.data.dataset import Dataset
+from gristmill.data.corpus import Corpus
 from gristmill.data.modules import open_datasets
+from gristmill.data.storage import is_url
 from gristmill.data.stream import Batch, TokenStream
 from gristmill.formats.model_dir import read_config
 from gristmill.models import counts, zoo
@@ -50,6 +51,7 @@ class Job:
     precision: str
     tokenizer_dir: Path | None
     train: TokenStream
+    source_names: tuple[str, ...]
     val: TokenStream | None
     val_bytes_per_token: float | None
     length: Length
@@ -82,23 +84,23 @@ def settle(cfg: Pretrain) -> Job:
     _check_vocabulary(model, tokenizer_dir)
     assert cfg.data is not None
     datasets = open_datasets(cfg.data, tokenizer_dir)
-    train_set = Dataset.open(datasets.train)
-    val_set = Dataset.open(datasets.val) if datasets.val else None
+    train_set, val_set = datasets.train_corpus(), datasets.val_corpus()
     tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
     model = _with_vocabulary(model, train_set, tokenizer_dir)
     exportable = _exportable(cfg, model)
     wanted = directory.identity(cfg, to_dict(model), train_set.dataset_id, precision)
-    name = f"{model.name.lower()}-{_data_name(cfg.data, datasets.train)}"
+    name = f"{model.name.lower()}-{_data_name(cfg.data, train_set)}"
     out_dir, record = directory.find(cfg, wanted, name)
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, train_set, earlier)
-    train = TokenStream(train_set, seq_len, seed=datasets.seed)
+    train = train_set.stream(seq_len, seed=datasets.seed)
     val = None
     if val_set is not None:
-        val = TokenStream(val_set, seq_len, seed=0, shuffle=False, endless=False)
+        val = val_set.held_out(seq_len)
     length = plan_length(
-        cfg.train, cfg.eval, seq_len=seq_len, num_samples=train.num_samples, earlier=earlier
+        cfg.train, cfg.eval, seq_len=seq_len, num_samples=_epoch(train_set, train), earlier=earlier
     )
+    train_set.check_epochs(train, length.total_steps * length.global_batch_size)
     micro = _micro_batch(cfg, model, precision, length, record)
     job = Job(
         cfg=cfg,
@@ -107,8 +109,9 @@ def settle(cfg: Pretrain) -> Job:
         precision=precision,
         tokenizer_dir=tokenizer_dir,
         train=train,
+        source_names=train_set.names,
         val=val if val is not None and val.num_samples else None,
-        val_bytes_per_token=_bytes_per_token(val_set),
+        val_bytes_per_token=val_set.bytes_per_token if val_set else None,
         length=length,
         micro_batch_size=micro,
         document_mask=_document_mask(cfg, train_set),
@@ -191,7 +194,7 @@ def _learning_rates(cfg: Pretrain) -> tuple[float, float]:
 def _tokenizer_dir(cfg: Pretrain) -> Path | None:
     if cfg.tokenizer_dir is not None:
         return Path(resolve_model_dir(cfg.tokenizer_dir))
-    if isinstance(cfg.data, LitData):
+    if isinstance(cfg.data, LitData | Mixture):
         return None
     if cfg.initial_checkpoint_dir is not None:
         return Path(resolve_model_dir(cfg.initial_checkpoint_dir))
@@ -215,7 +218,7 @@ def _check_vocabulary(model: ModelConfig, tokenizer_dir: Path | None) -> None:
 
 
 def _with_vocabulary(
-    model: ModelConfig, dataset: Dataset, tokenizer_dir: Path | None
+    model: ModelConfig, dataset: Corpus, tokenizer_dir: Path | None
 ) -> ModelConfig:
     """The model, knowing which of its rows stand for tokens, and its BOS and EOS."""
     if dataset.num_token_ids > model.vocab_size:
@@ -251,15 +254,17 @@ def _exportable(cfg: Pretrain, model: ModelConfig) -> bool:
     return True
 
 
-def _data_name(data: DataModule, train: Path) -> str:
+def _data_name(data: DataModule, corpus: Corpus) -> str:
     """A short word for the data, for the run directory's name."""
-    source = getattr(data, "train_data_path", None) or getattr(data, "data_path", None) or train
+    source = getattr(data, "train_data_path", None) or getattr(data, "data_path", None)
+    if source is None or is_url(source):
+        return "+".join(corpus.names[:3]).lower()
     return Path(source).expanduser().resolve().stem.lower()
 
 
-def _seq_len(cfg: Pretrain, model: ModelConfig, data: Dataset, earlier: Length | None) -> int:
+def _seq_len(cfg: Pretrain, model: ModelConfig, data: Corpus, earlier: Length | None) -> int:
     """Tokens per sample: typed and checked, or as long as model and data allow."""
-    longest = int(data.chunk_tokens.max()) - 1
+    longest = data.longest_chunk - 1
     typed = cfg.train.max_seq_length
     if typed == "auto":
         return earlier.seq_len if earlier else max(1, min(model.max_seq_length, longest))
@@ -315,16 +320,16 @@ def _memory_bytes(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _document_mask(cfg: Pretrain, dataset: Dataset) -> bool:
+def _document_mask(cfg: Pretrain, corpus: Corpus) -> bool:
     """Whether documents are kept apart: as typed, else where we know that items are documents."""
     typed = cfg.train.document_mask
-    return dataset.manifest.source is not None if typed == "auto" else typed
+    return corpus.items_are_documents if typed == "auto" else typed
 
 
-def _bytes_per_token(dataset: Dataset | None) -> float | None:
-    if dataset is None or not dataset.text_bytes:
-        return None
-    return dataset.text_bytes / dataset.num_tokens
+def _epoch(corpus: Corpus, stream: TokenStream) -> int:
+    """Samples of a run that says nothing of its length: as many as there are, or may be read."""
+    most = corpus.most_samples(stream)
+    return stream.num_samples if most is None else max(1, min(most, stream.num_samples))
 
 
 def _check_disk(job: Job) -> None:

@@ -27,6 +27,9 @@ class Throughput:
             "memory_bytes": memory_bytes(self.job.device).peak,
             "epoch": state.samples / self.job.train.num_samples,
         }
+        if len(self.job.source_names) > 1:
+            epochs = self.job.train.epochs(state.samples)
+            row |= {f"epoch/{n}": e for n, e in zip(self.job.source_names, epochs, strict=True)}
         if self.peak:
             row["mfu"] = tokens_per_s * self.flops_per_token / self.peak
         return row

@@ -1,0 +1,133 @@
+"""Training on a mixture, from folders and from an object store, through the command line."""
+
+import json
+import shutil
+
+import pytest
+from small import MODEL, train_tokenizer, write_novels
+
+from gristmill.cli import main
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    """Two prepared datasets, `web` with a validation side and `books` without."""
+    root = tmp_path_factory.mktemp("corpora")
+    tokenizer = train_tokenizer(write_novels(root / "novels"), root / "tokenizer")
+    write_novels(root / "more", files=3, words=400)
+    for name, source, more in (
+        ("web", "novels", ("--val_fraction", "0.1")),
+        ("books", "more", ()),
+    ):
+        words = ["prepare", "textfiles", "--input_dir", str(root / source)]
+        words += ["--output_dir", str(root / name), "--tokenizer_dir", str(tokenizer), *more]
+        assert main(words) == 0
+    return root
+
+
+def pretrain(sources, out, *more):
+    model = [f"--model_config.{name}={value}" for name, value in MODEL.items()]
+    return main(
+        [
+            *("pretrain", *model, "--data", "Mixture", "--data.sources", json.dumps(sources)),
+            *("--out_dir", str(out), "--compile", "off", "--precision", "32-true"),
+            *("--train.global_batch_size", "4", "--train.max_steps", "12", "--device", "cpu"),
+            *more,
+        ]
+    )
+
+
+def rows(out):
+    read = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in read if "loss" in row]
+
+
+def test_a_mixture_trains_and_counts_epochs_of_each_source(corpora, tmp_path, capsys):
+    sources = [
+        {"path": str(corpora / "web"), "weight": 0.7},
+        {"path": str(corpora / "books"), "weight": 0.3},
+    ]
+    assert pretrain(sources, tmp_path / "run") == 0
+    assert "epochs: web " in capsys.readouterr().out
+    last = rows(tmp_path / "run")[-1]
+    samples = 12 * 4
+    assert last["epoch/web"] > 0
+    assert last["epoch/books"] > last["epoch/web"]
+    assert last["epoch"] * last["samples"] / samples == pytest.approx(last["epoch"])
+    # Other weights are other samples: the run in the directory is not this one.
+    sources[0]["weight"] = 0.6
+    assert pretrain(sources, tmp_path / "run") == 2
+    assert "data" in capsys.readouterr().err
+
+
+def test_a_source_is_not_read_more_often_than_allowed(corpora, tmp_path, capsys):
+    sources = [
+        {"path": str(corpora / "web")},
+        {"path": str(corpora / "books"), "max_epochs": 0.5, "name": "small"},
+    ]
+    assert pretrain(sources, tmp_path / "run", "--train.max_steps", "2000") == 2
+    error = capsys.readouterr().err
+    assert "small would be read" in error
+    assert "--train.max_tokens" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("sources", "more", "message"),
+    [
+        ([], (), "no sources"),
+        ([{"path": "web", "weight": -1}], (), "no shares"),
+        ([{"path": "web"}, {"path": "web"}], (), "one name"),
+        ([{"path": "nowhere"}], (), "no dataset"),
+        (
+            [{"path": "web"}, {"path": "books"}],
+            ("--data.stages", "[{from_tokens: 100, weights: {wiki: 1}}]"),
+            "names wiki",
+        ),
+    ],
+)
+def test_mixtures_that_cannot_be(corpora, tmp_path, capsys, sources, more, message):
+    placed = [{**source, "path": str(corpora / source["path"])} for source in sources]
+    assert pretrain(placed, tmp_path / "run", *more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_different_tokenizers_do_not_mix(corpora, tmp_path, capsys):
+    write_novels(tmp_path / "text", files=2)
+    other = tmp_path / "tokenizer"
+    words = ["tokenizer", "train", str(tmp_path / "text"), "--vocab_size", "290"]
+    assert main([*words, "--out_dir", str(other)]) == 0
+    words = ["prepare", "textfiles", "--input_dir", str(tmp_path / "text")]
+    words += ["--output_dir", str(tmp_path / "odd"), "--tokenizer_dir", str(other)]
+    assert main(words) == 0
+    assert (
+        pretrain(
+            [{"path": str(corpora / "web")}, {"path": str(tmp_path / "odd")}], tmp_path / "run"
+        )
+        == 2
+    )
+    assert "different tokenizers" in capsys.readouterr().err
+
+
+def test_from_an_object_store_the_losses_are_the_same(corpora, tmp_path, capsys):
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for path in (corpora / "web").rglob("*"):
+        if path.is_file():
+            store.pipe(
+                f"/shelf/web/{path.relative_to(corpora / 'web').as_posix()}", path.read_bytes()
+            )
+    stages = ("--data.stages", "[{from_tokens: 1500, weights: {books: 1}}]")
+    local = [{"path": str(corpora / "web"), "weight": 3}, {"path": str(corpora / "books")}]
+    remote = [{"path": "memory://shelf/web", "weight": 3}, local[1]]
+    cache = ("--data.cache_dir", str(tmp_path / "cache"))
+    assert pretrain(local, tmp_path / "local", *stages) == 0
+    assert pretrain(remote, tmp_path / "remote", *stages, *cache) == 0
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("local", "remote")]
+    assert losses[0] == losses[1]
+    assert list((tmp_path / "cache" / "chunks").iterdir())
+    # A cache that is too small for the mixing is refused with the size it needs.
+    shutil.rmtree(tmp_path / "cache")
+    assert pretrain(remote, tmp_path / "third", *cache, "--data.cache_gb", "0.00001") == 2
+    assert "--data.cache_gb" in capsys.readouterr().err
