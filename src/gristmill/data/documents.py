@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from gristmill.util.errors import RunError
 
 LONG_BYTES = 16 << 20
-"""A document with more text than this is a `LongText`: it is never held whole."""
+"""A document with more text than this, as its file writes it, is a `LongText`: never held whole."""
 
 OnError = Literal["fail", "skip", "quarantine"]
 

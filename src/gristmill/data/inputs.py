@@ -114,7 +114,9 @@ def _matching(root: Storage, pattern: str, exclude: Sequence[str | Path]) -> lis
     for path in sorted(by_path, key=lambda p: p.encode("utf-8", "surrogateescape")):
         place, real, entry = by_path[path]
         if real not in found:
-            entry = entry or _stat(root, place)
+            # Pages of a web server name files without their sizes.
+            if entry is None or (not entry.size and root.root.startswith("http")):
+                entry = _stat(root, place)
             found[real] = Input(path, place, entry.size, entry.version)
     return list(found.values())
 

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import http.server
 import json
 import subprocess
 import sys
+import threading
 import uuid
 from pathlib import Path
 
@@ -113,6 +116,26 @@ def test_a_store_is_read_in_advance(monkeypatch, name, block):
         Storage(place).write(name, FILES[name][:-20])
         with pytest.raises(DataError, match="is damaged or incomplete"):
             read(f"{place}/{name}", RECORDS)
+
+
+def test_a_web_server_is_read(tmp_path):
+    pytest.importorskip("aiohttp")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    for name in ("a.jsonl", "x/a.jsonl.gz"):
+        Storage(tmp_path).write(name, FILES[Path(name).name])
+    handler = functools.partial(Quiet, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert read(f"{url}/x/a.jsonl.gz", RECORDS) == TEXTS
+        inputs = list_inputs(f"{url}/", "**/*.jsonl*")
+        assert [(i.path, i.size > 0) for i in inputs] == [("a.jsonl", True), ("x/a.jsonl.gz", True)]
+        assert list(sources.documents(RECORDS, Storage(url), inputs, print)) == TEXTS * 2
+        server.shutdown()
 
 
 def test_text_is_read_from_anywhere(place):
