@@ -171,3 +171,23 @@ class Side:
     def _write(self, tokens: list[Tokens], lengths: Int64s, *, continues: bool = False) -> None:
         path = self.folder / f"{self.name or 'all'}-{len(self.parts)}.bin"
         self.parts.append(write_chunk(path, tokens, lengths, self.dtype, continues=continues))
+
+
+def framed(
+    ids: Tokens, lengths: Int64s, bos_id: int | None, eos_id: int | None
+) -> tuple[Tokens, Int64s]:
+    """Each document with BOS and EOS around it; one without tokens stays without any."""
+    full = lengths > 0
+    before, after = bos_id is not None, eos_id is not None
+    lengths_framed = lengths + full * (before + after)
+    ends = np.cumsum(lengths_framed)
+    tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=ids.dtype)
+    inside = np.ones(len(tokens), dtype=bool)
+    if before:
+        first = (ends - lengths_framed)[full]
+        tokens[first], inside[first] = bos_id, False
+    if after:
+        last = ends[full] - 1
+        tokens[last], inside[last] = eos_id, False
+    tokens[inside] = ids
+    return tokens, lengths_framed

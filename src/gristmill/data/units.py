@@ -33,8 +33,8 @@ from gristmill.data.documents import (
     Reject,
     Unreadable,
 )
-from gristmill.data.parts import Side
-from gristmill.data.plan import FAST_DEV_BYTES, Plan, Recipe, limited
+from gristmill.data.parts import Side, framed
+from gristmill.data.plan import FAST_DEV_BYTES, Plan, limited
 from gristmill.data.select import load_map
 from gristmill.data.split import TRAIN, VAL
 from gristmill.data.storage import Storage
@@ -379,7 +379,8 @@ class _Run:
 
     def _add(self, side: Side, ids: Tokens, lengths: Int64s) -> None:
         self.num_empty += int((lengths == 0).sum())
-        side.add(*framed(ids, lengths, self.plan.recipe))
+        recipe = self.plan.recipe
+        side.add(*framed(ids, lengths, recipe.bos_id, recipe.eos_id))
 
     def _encode_long(self, document: LongText) -> None:
         """A long document, in pieces; every trace of it is removed if it turns out to be bad."""
@@ -502,21 +503,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def framed(ids: Tokens, lengths: Int64s, recipe: Recipe) -> tuple[Tokens, Int64s]:
-    """Each document with BOS and EOS around it; one without tokens stays without any."""
-    full = lengths > 0
-    before, after = recipe.bos_id is not None, recipe.eos_id is not None
-    lengths_framed = lengths + full * (before + after)
-    ends = np.cumsum(lengths_framed)
-    tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=ids.dtype)
-    inside = np.ones(len(tokens), dtype=bool)
-    if before:
-        first = (ends - lengths_framed)[full]
-        tokens[first], inside[first] = recipe.bos_id, False
-    if after:
-        last = ends[full] - 1
-        tokens[last], inside[last] = recipe.eos_id, False
-    tokens[inside] = ids
-    return tokens, lengths_framed
