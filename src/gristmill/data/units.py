@@ -222,15 +222,9 @@ class _Run:
         recipe = self.plan.recipe
         self.spans = self.plan.units[self.unit]
         self.map = load_map(recipe.map) if recipe.map else None
+        shape = (recipe.dtype, recipe.chunk_tokens, recipe.seed)
         self.sides = [
-            Side(
-                self.folder,
-                name,
-                recipe.dtype,
-                recipe.chunk_tokens,
-                recipe.seed,
-                (self.unit, number),
-            )
+            Side(self.folder, name, *shape, (self.unit, number))
             for number, name in enumerate(recipe.splits)
         ]
         self.text_bytes = [0] * len(self.sides)
