@@ -259,7 +259,10 @@ def make_plan(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> Plan:
     input cannot be read, or no text can be found in all of them.
     """
     if recipe.fast_dev_run:
-        inputs = _spread(inputs)
+        chosen = _validation(recipe, inputs)
+        held = _spread([item for n, item in enumerate(inputs) if n in chosen])
+        inputs = _spread([item for n, item in enumerate(inputs) if n not in chosen])
+        inputs = sorted([*inputs, *held], key=lambda i: i.path.encode("utf-8", "surrogateescape"))
     sample_texts(recipe, root, inputs)  # a wrong field is found before much is read
     total = FAST_DEV_BYTES if recipe.fast_dev_run else sum(map(weight, inputs))
     split = plan_split(_texts(recipe, root, inputs), recipe.val_fraction, recipe.seed, total)

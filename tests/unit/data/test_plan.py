@@ -225,6 +225,16 @@ def test_a_slice_to_try_is_one_unit(reading):
     assert made.hash != make_plan(recipe(), NOWHERE, found[::10]).hash
 
 
+def test_a_slice_to_try_has_both_sides(reading):
+    files, _ = reading
+    found = listing(*[50_000_000] * 160)
+    files |= {item.path: [make_text(1, 100)] for item in found}
+    made = make_plan(recipe(fast_dev_run=True, val_pattern="0005*"), NOWHERE, found)
+    assert [made.inputs[number].path for number in made.val_inputs] == ["0005.jsonl"]
+    assert len(made.inputs) == 17
+    assert list(made.inputs) == sorted(made.inputs, key=lambda item: item.path)
+
+
 class Long:
     def __init__(self, pieces):
         self._pieces = pieces
