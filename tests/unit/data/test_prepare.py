@@ -375,6 +375,29 @@ def test_input_and_output_may_not_overlap_the_wrong_way(run_prepare, novels, tmp
     assert tree(again) == calm, "an output was taken for input"
 
 
+def test_killed_while_tidying_up(run_prepare, records, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    rmtree = shutil.rmtree
+
+    def killed(path, *args, **kwargs):
+        if path == out / workspace.NAME / "units":
+            raise Killed
+        rmtree(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(Killed):
+            run_prepare("jsonl", records, out)
+    assert (out / workspace.NAME / "job.json").exists()
+    assert Dataset.open(out).num_documents == 300
+    capsys.readouterr()
+    prepare.prepare(Prepare(layout="status", output_dir=str(out)))
+    assert capsys.readouterr().out.startswith("finished: ")
+    run_prepare("jsonl", records, out)
+    assert "is finished already" in capsys.readouterr().out
+    assert not (out / workspace.NAME).exists()
+
+
 def test_touched_inputs_are_another_job(run_prepare, records, tmp_path):
     out = run_prepare("jsonl", records, tmp_path / "out")
     os.utime(records, ns=(5, 5))

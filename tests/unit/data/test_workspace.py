@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from gristmill.data import storage
 from gristmill.data.storage import Storage
 from gristmill.data.workspace import NAME, LocalWorkspace, Workspace, check_replaceable
 from gristmill.util.errors import UserError
@@ -48,6 +49,7 @@ def test_a_lock_leaves_nothing_where_no_job_began(space):
 
 LOCK = """
 import sys
+from gristmill.data import storage
 from gristmill.data.storage import Storage
 from gristmill.data.workspace import Workspace
 with Workspace.open(Storage(sys.argv[1])).locked(shared=len(sys.argv) > 2):
@@ -105,3 +107,27 @@ def test_a_file_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="holds other things than a dataset"):
         check_replaceable(Storage(tmp_path / "out"))
     assert isinstance(Workspace.open(Storage(tmp_path / "out")), LocalWorkspace)
+
+
+class Silent:
+    """A store that cannot be reached."""
+
+    def invalidate_cache(self):
+        pass
+
+    def __getattr__(self, name):
+        def call(*args, **options):
+            raise ZeroDivisionError("no answer")
+
+        return str if name == "_strip_protocol" else call
+
+
+def test_a_store_that_does_not_answer_is_no_empty_one():
+    """Or a finished dataset would be taken for none, and wiped."""
+    place = Storage("s3://bucket/out")
+    vars(place)["_fs"] = storage._Calls(Silent())
+    for call in (place.exists, place.read, place.stat):
+        with pytest.raises(OSError, match="ZeroDivisionError: no answer"):
+            call("manifest.json")
+    with pytest.raises(OSError, match="no answer"):
+        Workspace.open(place).stored()
