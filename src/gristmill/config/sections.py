@@ -42,6 +42,8 @@ class TrainArgs:
     """Weight of the squared log-normaliser added to the loss; 0: off."""
     document_mask: bool | Auto = "auto"
     """Keep attention and positions inside documents; auto: for datasets that gristmill prepared."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Samples: text cut every max_seq_length tokens, or rows of whole documents and padding."""
     tie_embeddings: bool | None = None
     """Share input embedding and output head; unset: as the model defines it."""
     save_interval: int | Auto = "auto"

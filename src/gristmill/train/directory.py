@@ -44,6 +44,7 @@ FIXED_TRAIN_SETTINGS = (
     "max_norm",
     "z_loss",
     "document_mask",
+    "packing",
 )
 """Settings of `train` that belong to a run's identity."""
 

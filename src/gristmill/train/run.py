@@ -33,6 +33,23 @@ SAVE_SECONDS = 600.0
 """A checkpoint is due after this much time, whatever the step interval."""
 
 
+FINGERPRINT_MEANS = {
+    "version": "the gristmill that wrote it ordered samples in another way",
+    "dataset_id": "the data is other data",
+    "seq_len": "samples have another length, so their numbers mean other text",
+    "seed": "the shuffle is another",
+    "shuffle": "the order is another",
+    "mixture": "sources take turns in another way",
+    "packing": "rows are put together in another way",
+}
+"""What follows from a change of each part of a stream's fingerprint."""
+
+
+def _short(value: object) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 48 else f"{text[:45]}..."
+
+
 @dataclass
 class State:
     """Progress of a run; with weights and optimizer, all that a checkpoint holds."""
@@ -90,19 +107,32 @@ class Run:
         record = read_record(self.start_from)
         self.state = State(**{f.name: record[f.name] for f in fields(State)})
         self.own_start = self.start_from.parent.resolve() == out_dir.resolve()
+        self._check_stream(record["stream"])
         if self.own_start:
             self.last_saved_step = self.state.step
         else:
-            self._check_fork(record)
+            self._check_fork()
 
-    def _check_fork(self, record: dict[str, Any]) -> None:
+    def _check_stream(self, earlier: dict[str, Any]) -> None:
+        """Refuse a place in another order of samples: some would be read twice, others never."""
+        now = self.job.train.fingerprint()
+        changed = [name for name in {**earlier, **now} if earlier.get(name) != now.get(name)]
+        if not changed:
+            return
+        shown = "; ".join(
+            f"{name} was {_short(earlier.get(name))}, now {_short(now.get(name))}: "
+            + FINGERPRINT_MEANS.get(name, "the order is another")
+            for name in changed
+        )
+        raise UserError(
+            f"{self.start_from} cannot be gone on from with these settings, because its "
+            f"{self.state.samples:,} samples are not the first ones of this run ({shown}). Give "
+            "the settings it was trained with, or take only its weights.",
+            {"--resume": None, "--initial_checkpoint_dir": self.start_from},
+        )
+
+    def _check_fork(self) -> None:
         job = self.job
-        if record["stream"] != job.train.fingerprint():
-            raise UserError(
-                f"{self.start_from} was trained on other samples than these settings give. Take "
-                "only its weights.",
-                {"--resume": None, "--initial_checkpoint_dir": self.start_from},
-            )
         if self.state.step >= job.length.total_steps:
             raise UserError(
                 f"{self.start_from} is at step {self.state.step:,} and this run would have "
@@ -179,6 +209,7 @@ class Run:
                 "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
                 "device": f"{describe(job.device, job.precision)}, {how}",
                 "data": self._describe_data(),
+                **self._describe_packing(),
                 "tokens": f"{length.total_steps * length.step_tokens:,}",
                 "batch": batch,
                 "steps": steps,
@@ -200,6 +231,15 @@ class Run:
         if often and len(read) > 1:
             text += f" (more than {MANY_EPOCHS} epochs of {', '.join(often)}: it may not pay)"
         return text
+
+    def _describe_packing(self) -> dict[str, str]:
+        """What best-fit packing makes of each source; nothing when samples are not packed."""
+        job, lines = self.job, []
+        for name, packed in zip(job.source_names, job.train.packing, strict=False):
+            line = f"{100 * packed.padding:.2f} % padding, {packed.cut:,} of {packed.documents:,} "
+            line += f"documents ({100 * packed.cut_share:.2f} %) longer than a sample and cut"
+            lines.append(line if len(job.source_names) == 1 else f"{name} {line}")
+        return {"packing": "; ".join(lines)} if lines else {}
 
     def done(self) -> bool:
         """Whether there is no step more to make: enough of them, out of time, or told to stop."""

@@ -93,7 +93,8 @@ def settle(cfg: Pretrain) -> Job:
     out_dir, record = directory.find(cfg, wanted, name)
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, train_set, earlier)
-    train = train_set.stream(seq_len, seed=datasets.seed)
+    packing = _packing(cfg, train_set)
+    train = train_set.stream(seq_len, seed=datasets.seed, packing=packing)
     val = None
     if val_set is not None:
         val = val_set.held_out(seq_len)
@@ -150,6 +151,12 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             f"both --initial_checkpoint_dir {cfg.initial_checkpoint_dir} and --resume {cfg.resume} "
             "are given. Use --resume to go on with a run, --initial_checkpoint_dir for a new one.",
             {"--resume": None},
+        )
+    if cfg.train.packing == "best_fit" and cfg.train.document_mask is False:
+        raise UserError(
+            "--train.packing best_fit puts unrelated documents into a row, and "
+            "--train.document_mask false lets them look at each other. Leave out one of the two.",
+            {"--train.document_mask": None},
         )
     if cfg.train.keep_last < 2:
         raise UserError(
@@ -324,6 +331,20 @@ def _document_mask(cfg: Pretrain, corpus: Corpus) -> bool:
     """Whether documents are kept apart: as typed, else where we know that items are documents."""
     typed = cfg.train.document_mask
     return corpus.items_are_documents if typed == "auto" else typed
+
+
+def _packing(cfg: Pretrain, corpus: Corpus) -> bool:
+    """Whether samples are packed; refused where it is not known what a document is."""
+    if cfg.train.packing == "concat":
+        return False
+    if not _document_mask(cfg, corpus):
+        raise UserError(
+            "--train.packing best_fit packs whole documents, and it is not known whether the items "
+            f"of {' and '.join(corpus.names)} are documents: gristmill did not prepare all of it. "
+            "If they are, say so with --train.document_mask true; else leave packing out.",
+            {"--train.document_mask": "true"},
+        )
+    return True
 
 
 def _epoch(corpus: Corpus, stream: TokenStream) -> int:

@@ -100,6 +100,9 @@ def test_documents_that_fit_are_whole_and_rows_begin_and_end_with_pieces(dataset
         assert int(ends[-1]) == length <= SEQ_LEN + 1
         assert (tokens[length:] == 0).all()
         pieces += [piece.tolist() for piece in np.split(tokens[:length], ends[:-1])]
+    firsts = batch.tokens[:, 0]  # tokens of the dataset count up
+    assert (firsts[1:] > firsts[:-1]).all()
+    assert all((np.diff(row[:n]) > 0).all() for row, n in zip(batch.tokens, batch.lengths))
     whole = [d for d in documents_of(dataset) if 2 <= len(d) <= SEQ_LEN + 1]
     assert len(whole) > 300
     assert all(document in pieces for document in whole)
