@@ -59,7 +59,7 @@ def _prepare(job: Job) -> None:
     started = time.monotonic()
     plan = make_plan(job.recipe, job.root, job.inputs)
     if job.out.is_local:
-        finish_swap(job.out.path)
+        finish_swap(job.out.path.resolve())
     made = {} if job.overwrite else finished(plan, job.out)
     if made:
         Workspace.open(job.out).close()  # what a process that was killed at its end has left
@@ -93,7 +93,7 @@ def build(plan: Plan, job: Job) -> Made:
                 space.out.write(JOB, json.dumps({"job": plan.job}).encode() + b"\n")
             space.close()
             if replaces:
-                swap(space.out.path, job.out.path)
+                swap(space.out.path, job.out.path.resolve())
     except OSError as error:
         # On an object store nothing holds back another process that finishes the same job.
         made = finished(plan, space.out) if isinstance(error, FileNotFoundError) else {}
@@ -107,14 +107,15 @@ def _space(job: Job) -> tuple[Workspace, bool]:
     if not (job.overwrite and datasets_in(job.out)):
         return Workspace.open(job.out), False
     check_replaceable(job.out)
-    if not job.out.is_local:
+    if not job.out.is_local or os.path.ismount(job.out.path):
+        what = "a mounted disk" if job.out.is_local else "an object store"
         raise UserError(
-            f"{job.out.root} holds a finished dataset, and an object store cannot put another in "
-            f"its place whole. {REMOVE}",
+            f"{job.out.root} holds a finished dataset, and {what} cannot put another in its place "
+            f"whole. {REMOVE}",
             {"--overwrite": None},
         )
     # Readers may have the old chunks mapped: a replacement is built beside and swapped in.
-    return Workspace.open(Storage(beside(job.out.path, "new"))), True
+    return Workspace.open(Storage(beside(job.out.path.resolve(), "new"))), True
 
 
 def _begin(plan: Plan, job: Job, space: Workspace) -> None:

@@ -61,7 +61,7 @@ def _places(out: Storage) -> list[Storage]:
     """Where something is or was prepared: `out`, the set folders in it, replacements beside."""
     candidates = [out]
     if out.is_local:
-        candidates.append(Storage(beside(out.path, "new")))
+        candidates.append(Storage(beside(out.path.resolve(), "new")))
     found = [place for place in candidates if _is_one(place)]
     if not found:
         folders = _folders(out)

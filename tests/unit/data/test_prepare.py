@@ -236,6 +236,24 @@ def test_a_swap_killed_in_the_middle_is_finished(run_prepare, records, tmp_path,
     assert tree(out) == tree(fresh)
 
 
+def test_a_dataset_behind_a_link_is_replaced_where_it_is(run_prepare, records, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "large disk" / "data")
+    run_prepare("jsonl", records, tmp_path / "large disk" / "data", seed=1)
+    run_prepare("jsonl", records, out, overwrite=True)
+    assert tree(out) == tree(run_prepare("jsonl", records, tmp_path / "calm"))
+    assert [path.name for path in (tmp_path / "large disk").iterdir()] == ["data"]
+    assert out.is_symlink()
+
+
+def test_a_mounted_disk_is_not_swapped(run_prepare, records, tmp_path, monkeypatch):
+    out = run_prepare("jsonl", records, tmp_path / "out")
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    with pytest.raises(UserError, match="a mounted disk cannot put another in its place whole"):
+        run_prepare("jsonl", records, out, overwrite=True)
+
+
 def test_other_peoples_files_are_never_removed(run_prepare, records, tmp_path):
     out = tmp_path / "mine"
     out.mkdir()
