@@ -313,3 +313,12 @@ def test_compiled_training_agrees_with_eager(world, tmp_path):
     assert main(words) == 0
     compiled, eager = metrics(tmp_path / "run"), metrics(world / "run")
     assert compiled[-1]["val_loss"] == pytest.approx(eager[-1]["val_loss"], rel=1e-3)
+
+
+def test_a_fork_on_other_samples_names_what_changed(world, tmp_path, capsys):
+    source = world / "run/step-00000016"
+    more = ("--resume", str(source), "--data.seed", "7")
+    assert main(pretrain(world, tmp_path / "fork", *more)) == 2
+    error = capsys.readouterr().err
+    assert "seed was 42, now 7: the shuffle is another" in error
+    assert "--initial_checkpoint_dir" in error
