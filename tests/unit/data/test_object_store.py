@@ -80,14 +80,14 @@ def test_one_side_only_on_an_object_store(
 
 
 class Faults:
-    """Makes the n-th write to an object store fail, before or after the object is there."""
+    """Makes the n-th change of an object store fail, before or after it is made."""
 
     def __init__(self, monkeypatch):
         self._patch = monkeypatch
         self.calls = []
 
     def at(self, number, *, after=False):
-        """Fail at write `number`, counted from here; never where it is None."""
+        """Fail at change `number`, counted from here; never where it is None."""
         self._patch.undo()
         error = ConnectionResetError(errno.ECONNRESET, "reset")
         # Units are run in this process, where writes can be seen.
@@ -95,7 +95,7 @@ class Faults:
             local, "run", lambda task, units, _, on: local.run_here(task, units, on)
         )
         self.calls.clear()
-        for name in ("put", "write", "create"):
+        for name in ("put", "write", "create", "remove"):
             self._patch.setattr(Storage, name, self._failing(name, number, after, error))
 
     def _failing(self, name, number, after, error):
@@ -122,14 +122,15 @@ def faults(small_units):
         yield Faults(patch)
 
 
-@pytest.mark.parametrize("every", [19, pytest.param(1, marks=pytest.mark.slow)])
-def test_lost_connections_at_any_write(every, novels, expected, bucket, run_prepare, faults):
+@pytest.mark.parametrize("every", [11, pytest.param(3, marks=pytest.mark.slow)])
+def test_lost_connections_at_any_change(every, novels, expected, bucket, run_prepare, faults):
     out = f"{bucket}/out"
     faults.at(None)
     run_prepare("textfiles", novels, out, **OPTIONS)
     writes = list(faults.calls)
     kinds = {(name, target.split("/")[1]) for name, target in writes if target.startswith(NAME)}
     assert {("create", "units"), ("put", "parts"), ("create", "job.json")} <= kinds
+    assert writes[-1][0] == "remove"
     assert any(name == "put" and target.startswith("train/chunk") for name, target in writes)
     for number in range(len(writes) - 1, -1, -every):
         Storage(out).remove("")
