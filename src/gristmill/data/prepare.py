@@ -39,6 +39,8 @@ from gristmill.tokenizer.engines import EngineChoice, choose_engine
 from gristmill.util.errors import Interrupted, RunError, UserError
 
 _SHOWN_FAILURES = 10
+# Less than this in one unit is done sooner than another process is started.
+_LITTLE_BYTES = 16 << 20
 
 
 def prepare(cfg: Prepare) -> None:
@@ -150,10 +152,14 @@ def _run(plan: Plan, job: Job, space: Workspace, units: Sequence[int]) -> list[F
     task = Task(_anywhere(space.out), _anywhere(job.root), job.on_error)
     if isinstance(executor, Array):
         units = array.mine(units, executor)
+    if not units:
+        return []
     with Meter({unit: plan.text_bytes(unit) for unit in units}) as meter:
         try:
             with _stoppable():
                 if isinstance(executor, int):
+                    if len(plan.units) == 1 and plan.text_bytes(0) <= _LITTLE_BYTES:
+                        return local.run_here(task, units, meter.update)
                     return local.run(task, units, executor, meter.update)
                 if isinstance(executor, Array):
                     return array.run(task, units, executor, meter.update)

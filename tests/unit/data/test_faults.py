@@ -120,8 +120,9 @@ def test_a_unit_that_kills_its_worker_is_left_out(
     monkeypatch.syspath_prepend(str(tmp_path))
     (novels / "a" / "05.txt").write_text("POISON " * 2000)
     out = tmp_path / "out"
-    with pytest.raises(RunError, match=r"(?s)1 of \d+ parts .*a/05\.txt.*died 3 times .*code 9"):
-        run_prepare("textfiles", novels, out, num_workers=2, map="poison:taste")
+    for _ in range(2):  # a single part that is left is not run in our own process either
+        with pytest.raises(RunError, match=r"(?s)1 of .*a/05\.txt.*died 3 times .*code 9"):
+            run_prepare("textfiles", novels, out, num_workers=2, map="poison:taste")
     missing = Workspace.open(Storage(out)).stored()["units"] - 1
     assert len(list((out / workspace.NAME / "units").iterdir())) == missing
     monkeypatch.setenv("DRIVER", "1")

@@ -49,8 +49,8 @@ def run(
     A unit with damaged input is a failure, and so is one whose worker died three times. Raises
     what ends the whole job: UserError, or RunError such as a full disk.
     """
-    if len(units) <= 1:
-        return run_here(task, units, on_progress)
+    if not units:
+        return []
     # Workers are killed without a chance to remove their scraps.
     with tempfile.TemporaryDirectory(prefix="gristmill-prepare-") as scraps:
         return _run_in_processes(task, units, num_workers, on_progress, scraps)
@@ -99,9 +99,10 @@ def _run_in_processes(
 
 
 def run_here(task: Task, units: Sequence[int], on_progress: OnProgress) -> list[Failure]:
-    """Run the units one after another in this process; those that could not be done."""
-    if not units:
-        return []
+    """Run the units one after another in this process; those that could not be done.
+
+    Saves starting a process where there is little to do; what runs out of memory takes us along.
+    """
     from gristmill.data.executors.work import Work
 
     work = Work(task)
