@@ -138,9 +138,11 @@ class Corpus:
             stages.append(Stage(start, integer_weights(later.weights)))
         return TokenStream(self.datasets, seq_len, mixture=Mixture(stages), **options)
 
-    def held_out(self, seq_len: int) -> TokenStream:
+    def held_out(self, seq_len: int, *, packing: bool = False) -> TokenStream:
         """All samples once, in their order on the disk, one dataset after another."""
-        return TokenStream(self.datasets, seq_len, seed=0, shuffle=False, endless=False)
+        return TokenStream(
+            self.datasets, seq_len, seed=0, shuffle=False, endless=False, packing=packing
+        )
 
     def most_samples(self, stream: TokenStream) -> int | None:
         """How long a run may be before a part is read more often than its `max_epochs`.

@@ -167,6 +167,18 @@ class TokenStream:
         mine = self._rows(samples, batch_size, rank, world)
         return self._read(mine, -(-batch_size // world))
 
+    def place(self, sample: int) -> tuple[int, int, Int64s]:
+        """Where a sample lies, by its number as in `Batch.sample_ids`: its source, the chunk of
+        that, and the place of each of its tokens in the chunk, int64[tokens]."""
+        source = int(np.searchsorted(self._starts, sample, side="right")) - 1
+        chunk = int(np.searchsorted(self._first_samples[source], sample, side="right")) - 1
+        row = sample - int(self._first_samples[source][chunk])
+        if self._plans:
+            mapped = self.datasets[source].map(chunk)
+            return source, chunk, self._plans[source].places(mapped, chunk, row)[0]
+        start = row * self.seq_len
+        return source, chunk, np.arange(start, start + self.seq_len + 1)
+
     def _rows(self, samples: int, batch_size: int, rank: int, world: int) -> _Rows:
         """A rank's part of a batch."""
         positions = samples + np.arange(batch_size, dtype=np.int64)

@@ -24,6 +24,7 @@ from gristmill.data.corpus import Corpus
 from gristmill.data.modules import open_datasets
 from gristmill.data.storage import is_url
 from gristmill.data.stream import Batch, TokenStream
+from gristmill.data.training import document_mask, training_stream
 from gristmill.formats.model_dir import read_config
 from gristmill.models import counts, zoo
 from gristmill.models.check import check_config
@@ -93,8 +94,7 @@ def settle(cfg: Pretrain) -> Job:
     out_dir, record = directory.find(cfg, wanted, name)
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, train_set, earlier)
-    packing = _packing(cfg, train_set)
-    train = train_set.stream(seq_len, seed=datasets.seed, packing=packing)
+    train = training_stream(cfg.train, train_set, seq_len=seq_len, seed=datasets.seed)
     val = None
     if val_set is not None:
         val = val_set.held_out(seq_len)
@@ -115,7 +115,7 @@ def settle(cfg: Pretrain) -> Job:
         val_bytes_per_token=val_set.bytes_per_token if val_set else None,
         length=length,
         micro_batch_size=micro,
-        document_mask=_document_mask(cfg, train_set),
+        document_mask=document_mask(cfg.train, train_set),
         lr=lr,
         min_lr=min_lr,
         out_dir=out_dir,
@@ -325,26 +325,6 @@ def _memory_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _document_mask(cfg: Pretrain, corpus: Corpus) -> bool:
-    """Whether documents are kept apart: as typed, else where we know that items are documents."""
-    typed = cfg.train.document_mask
-    return corpus.items_are_documents if typed == "auto" else typed
-
-
-def _packing(cfg: Pretrain, corpus: Corpus) -> bool:
-    """Whether samples are packed; refused where it is not known what a document is."""
-    if cfg.train.packing == "concat":
-        return False
-    if not _document_mask(cfg, corpus):
-        raise UserError(
-            "--train.packing best_fit packs whole documents, and it is not known whether the items "
-            f"of {' and '.join(corpus.names)} are documents: gristmill did not prepare all of it. "
-            "If they are, say so with --train.document_mask true; else leave packing out.",
-            {"--train.document_mask": "true"},
-        )
-    return True
 
 
 def _epoch(corpus: Corpus, stream: TokenStream) -> int:
