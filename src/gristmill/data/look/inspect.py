@@ -1,10 +1,12 @@
 """`gristmill data inspect`: a document, a sample or a training step's batch, as a person reads it.
 
-Samples come from the same `TokenStream` that training reads: what is shown is what is trained on.
+Samples come from the very stream that training reads (`data/training.py`): what is shown is what
+is trained on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +16,14 @@ import numpy as np
 import xxhash
 
 from gristmill.config.data_commands import DataInspect
-from gristmill.data.dataset import Dataset
+from gristmill.config.sections import TrainArgs
+from gristmill.data.corpus import Corpus, Part
 from gristmill.data.look import find, runs
 from gristmill.data.look.page import Page, columns, counted, percent
 from gristmill.data.look.places import Places
 from gristmill.data.look.transcript import EDGE, SPECIAL, Transcript, cut, lines
-from gristmill.data.order import samples_per_chunk
 from gristmill.data.stream import Batch, TokenStream
+from gristmill.data.training import document_mask, is_packed, training_stream
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -53,71 +56,99 @@ def run(cfg: DataInspect) -> None:
 class Look:
     """What is looked at, and with what eyes."""
 
-    dataset: Dataset
+    corpus: Corpus
     reading: runs.Reading | None
+    settings: TrainArgs
     transcript: Transcript
-    places: Places
+    places: tuple[Places, ...]
     page: Page
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than one source to tell apart."""
+        return len(self.corpus.names) > 1
+
+    def first_document(self, source: int) -> int:
+        """The number of a source's first document; sources are counted one after another."""
+        return sum(places.num_documents for places in self.places[:source])
 
 
 def _opened(cfg: DataInspect, open_dataset: find.Open) -> Look:
-    """The dataset and the tokenizer that the options name."""
+    """The data and the tokenizer that the options name."""
+    path = None if cfg.data_path is None else find.train_of(cfg.data_path)
+    reading = None
     if cfg.run is not None:
-        path = None if cfg.data_path is None else find.train_of(cfg.data_path)
         reading = runs.read_run(Path(cfg.run).expanduser(), path, open_dataset)
-        dataset = reading.dataset
-    elif cfg.data_path is not None:
-        reading, dataset = None, open_dataset(find.train_of(cfg.data_path))
+        corpus = reading.corpus
+    elif path is not None:
+        corpus = Corpus((Part(path),), (open_dataset(path),), ())
     else:
         raise UserError(
             "no dataset is named. for example: gristmill data inspect OUT, or --run RUN for the "
             "data of a training."
         )
     page = Page()
-    record = dataset.manifest.tokenizer
-    named = cfg.tokenizer_dir or dataset.tokenizer_dir or (reading and reading.tokenizer_dir)
+    for name, part in zip(corpus.names, corpus.parts, strict=True):
+        what = f"{name}: {part.path}" if len(corpus.names) > 1 else str(part.path)
+        page.line((what, "bold"))
+    return Look(
+        corpus,
+        reading,
+        reading.settings if reading else TrainArgs(),
+        _transcript(cfg, corpus, reading, page),
+        tuple(Places(dataset) for dataset in corpus.datasets),
+        page,
+    )
+
+
+def _transcript(
+    cfg: DataInspect, corpus: Corpus, reading: runs.Reading | None, page: Page
+) -> Transcript:
+    """What turns ids into text; says where that is not, or not surely, what they meant."""
+    named = cfg.tokenizer_dir or corpus.tokenizer_dir or (reading and reading.tokenizer_dir)
     tokenizer = Tokenizer.load(named) if named else None
-    page.line((str(dataset.path), "bold"))
+    records = [d.manifest.tokenizer for d in corpus.datasets if d.manifest.tokenizer is not None]
     if tokenizer is None:
         page.line("  no tokenizer is in it: ids are shown (--tokenizer_dir DIR shows the text)")
-    elif record is not None and record.digest != tokenizer.digest:
+    elif records and records[0].digest != tokenizer.digest:
         page.line(
             (f"  {named} is not the tokenizer that made these tokens: ", SPECIAL),
-            f"sha256 {tokenizer.digest[:12]}, not {record.digest[:12]}",
+            f"sha256 {tokenizer.digest[:12]}, not {records[0].digest[:12]}",
         )
-    frame = (record.bos_id, record.eos_id) if record else (None, None)
-    if tokenizer is not None and record is None:
-        frame = (tokenizer.bos_id, tokenizer.eos_id)
-    return Look(dataset, reading, Transcript(tokenizer, frame), Places(dataset), page)
+    frame = [number for record in records for number in (record.bos_id, record.eos_id)]
+    if tokenizer is not None and not records:
+        frame = [tokenizer.bos_id, tokenizer.eos_id]
+    return Transcript(tokenizer, frame)
 
 
 def _show_document(cfg: DataInspect, look: Look) -> None:
     _refuse(cfg, "a document", ("row", "seq_len", "global_batch_size", "seed"))
-    number, total = cfg.document or 0, look.places.num_documents
+    number, total = cfg.document or 0, look.first_document(len(look.places))
     if not 0 <= number < total:
         raise UserError(
             f"--document {number} is not there: the dataset has {counted(total, 'document')}. "
             f"give 0 to {total - 1}."
         )
-    length = look.places.length(number)
-    chunk, _ = look.places.where(number)
+    source = max(s for s in range(len(look.places)) if look.first_document(s) <= number)
+    places, own = look.places[source], number - look.first_document(source)
+    length = places.length(own)
+    chunk, _ = places.where(own)
     look.page.line(
         f"document {number:,} of {total:,} · {counted(length, 'token')} · "
-        f"begins in {look.dataset.chunks[chunk].name}"
+        f"begins in {_chunk_name(look, source, chunk)}"
     )
     look.page.line()
     most = _most(cfg, _DOCUMENT_CHARS)
     # A character takes four tokens at most; what will not be shown is not read.
-    tokens = look.places.tokens(number, length if most == 0 else min(length, 4 * most + 64))
-    text = Window(tokens, np.array([length]), number, 0)
-    _show_window(look, text, most, ids=cfg.ids, total=length)
+    tokens = places.tokens(own, length if most == 0 else min(length, 4 * most + 64))
+    _show_pieces(look, [Piece(number, 0, tokens, ends=True)], most, ids=cfg.ids, total=length)
 
 
 def _show_sample(cfg: DataInspect, look: Look) -> None:
     _refuse(cfg, "a sample by its number on the disk", ("row", "global_batch_size", "seed"))
     assert cfg.sample is not None
     seq_len = _setting(cfg, look, "seq_len")
-    stream = TokenStream(look.dataset, seq_len, seed=0, shuffle=False, endless=False)
+    stream = look.corpus.held_out(seq_len, packing=is_packed(look.settings, look.corpus))
     if not 0 <= cfg.sample < stream.num_samples:
         raise UserError(
             f"--sample {cfg.sample} is not there: with {seq_len:,} tokens each, the dataset has "
@@ -129,7 +160,8 @@ def _show_sample(cfg: DataInspect, look: Look) -> None:
             )
         )
     title = f"sample {cfg.sample:,} of {stream.num_samples:,} in the order on the disk"
-    _show_row(cfg, look, stream.batch(cfg.sample, 1), 0, _most(cfg, _DOCUMENT_CHARS), title)
+    row = Row(stream, stream.batch(cfg.sample, 1), 0)
+    _show_row(cfg, look, row, _most(cfg, _DOCUMENT_CHARS), title)
 
 
 def _show_step(cfg: DataInspect, look: Look) -> None:
@@ -143,86 +175,128 @@ def _show_step(cfg: DataInspect, look: Look) -> None:
     if cfg.row is not None and not 0 <= cfg.row < rows:
         raise UserError(f"--row {cfg.row} is not there: a step has {rows:,}. give 0 to {rows - 1}.")
     seed = _DEFAULT_SEED if seed is None else seed
-    stream = TokenStream(look.dataset, seq_len, seed=seed)
+    stream = training_stream(look.settings, look.corpus, seq_len=seq_len, seed=seed)
     before = (cfg.step - 1) * rows
     if cfg.run is not None:
         before = runs.consumed(Path(cfg.run).expanduser(), cfg.step, rows)
     batch = stream.batch(before, rows)
-    epoch, done = divmod(before, stream.num_samples)
     of = f" of {look.reading.total_steps:,}" if look.reading else ""
     look.page.line(
         f"step {cfg.step:,}{of} · seed {seed} · {counted(rows, 'row')} of {seq_len:,} + 1 tokens"
     )
     digest = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(batch.tokens, dtype="<i8").data)
     look.page.line(
-        f"samples {before:,} to {before + rows - 1:,} of the run · epoch {epoch + 1:,}, "
-        f"{percent(done / stream.num_samples)} of it read before · batch {digest}"
+        f"samples {before:,} to {before + rows - 1:,} of the run · "
+        f"{_read_before(look, stream, before)} · batch {digest}"
     )
-    if look.reading and cfg.step > look.reading.total_steps:
-        look.page.line(("the run ends before it: this is what would follow", SPECIAL))
+    if look.reading:
+        _say_how(look, look.reading, cfg.step)
     shown = range(rows) if cfg.row is None else [cfg.row]
     most = _most(cfg, _ROW_CHARS if len(shown) > 1 else _DOCUMENT_CHARS)
     for row in shown:
         title = f"row {row}: sample {int(batch.sample_ids[row]):,}"
         look.page.line()
-        _show_row(cfg, look, batch, row, most, title)
+        _show_row(cfg, look, Row(stream, batch, row), most, title)
+
+
+def _read_before(look: Look, stream: TokenStream, samples: int) -> str:
+    """How much of the data comes before a sample of the stream, in words."""
+    if look.several:
+        read = zip(look.corpus.names, stream.epochs(samples), strict=True)
+        return "epochs read before: " + ", ".join(f"{name} {times:.2f}" for name, times in read)
+    epoch, done = divmod(samples, stream.num_samples)
+    return f"epoch {epoch + 1:,}, {percent(done / stream.num_samples)} of it read before"
+
+
+def _say_how(look: Look, reading: runs.Reading, step: int) -> None:
+    """How the run takes a batch, besides its tokens."""
+    apart = document_mask(reading.settings, look.corpus)
+    look.page.line(
+        "documents of a row are kept apart (document mask)"
+        if apart
+        else "attention reaches over documents (no document mask)"
+    )
+    if step > reading.total_steps:
+        look.page.line(("the run ends before it: this is what would follow", SPECIAL))
 
 
 @dataclass(frozen=True)
-class Window:
-    """Tokens as they follow each other, and where documents end in them (after a last one).
+class Row:
+    """A row of a batch, and the stream that it is from."""
 
-    The first token is number `before` of document `document`.
-    """
+    stream: TokenStream
+    batch: Batch
+    number: int
 
-    tokens: Tokens
-    ends: NDArray[Any]
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens of one document; the first is its token `before`, the last its last if it `ends`."""
+
     document: int
     before: int
+    tokens: Tokens
+    ends: bool
 
 
-def _show_row(cfg: DataInspect, look: Look, batch: Batch, row: int, most: int, title: str) -> None:
+def _show_row(cfg: DataInspect, look: Look, row: Row, most: int, title: str) -> None:
     """One row of a batch, with the place that it comes from."""
-    seq_len = batch.tokens.shape[1] - 1
-    samples = samples_per_chunk(look.dataset.chunk_tokens, seq_len)
-    last = np.cumsum(samples)
-    number = int(batch.sample_ids[row])
-    chunk = int(np.searchsorted(last, number, side="right"))
-    start = (number - int(last[chunk] - samples[chunk])) * seq_len
-    place = look.places.at(chunk, start)
-    name = look.dataset.chunks[chunk].name
-    where = f" · {name}, tokens {start:,} to {start + seq_len:,} and the next as last target"
+    batch, number = row.batch, row.number
+    source, chunk, places = row.stream.place(int(batch.sample_ids[number]))
+    length, width = int(batch.lengths[number]), batch.tokens.shape[1]
+    pieces = _pieces(look, row, source, chunk, places)
+    where = f" · {_chunk_name(look, source, chunk)}, "
+    if row.stream.packing:
+        where += f"{counted(len(pieces), 'piece')} of documents, {length:,} of {width:,} tokens"
+    else:
+        where += f"tokens {places[0]:,} to {places[-1]:,} and the next as last target"
     look.page.line((title, "bold"), (where, "dim"))
-    window = Window(batch.tokens[row], batch.doc_ends[row], place.document, place.before)
-    _show_window(look, window, most, ids=cfg.ids)
+    _show_pieces(look, pieces, most, ids=cfg.ids, total=length)
+    if length < width:
+        _edge(look.page, f"padding: {counted(width - length, 'token')}")
 
 
-def _show_window(
-    look: Look, window: Window, most: int, *, ids: bool, total: int | None = None
-) -> None:
-    """A window with its boundaries, up to `most` characters; `total` tokens there really are."""
-    page, tokens = look.page, window.tokens.tolist()
-    total = len(tokens) if total is None else total
-    document, before, start, room = window.document, window.before, 0, most
-    for end in [*window.ends.tolist(), None]:
-        stop = total if end is None else end
-        if start >= total:
-            break
+def _pieces(
+    look: Look, row: Row, source: int, chunk: int, places: NDArray[np.int64]
+) -> list[Piece]:
+    """The documents of a row, each with its number among those of all sources."""
+    tokens = row.batch.tokens[row.number]
+    bounds = [0, *row.batch.doc_ends[row.number].tolist()]
+    if bounds[-1] < len(places):
+        bounds.append(len(places))
+    found, first = [], look.first_document(source)
+    for start, stop in itertools.pairwise(bounds):
+        at = look.places[source].at(chunk, int(places[start]))
+        ends = look.places[source].ends_at(chunk, int(places[stop - 1]))
+        found.append(Piece(first + at.document, at.before, tokens[start:stop], ends))
+    return found
+
+
+def _chunk_name(look: Look, source: int, chunk: int) -> str:
+    """A chunk's name, with its source where there are several."""
+    name = look.corpus.datasets[source].chunks[chunk].name
+    return f"{look.corpus.names[source]} · {name}" if look.several else name
+
+
+def _show_pieces(look: Look, pieces: Sequence[Piece], most: int, *, ids: bool, total: int) -> None:
+    """Pieces with their boundaries, up to `most` characters; `total` tokens there really are."""
+    page, start, room = look.page, 0, most
+    for piece in pieces:
+        document, before, part = piece.document, piece.before, piece.tokens.tolist()
         _edge(page, f"document {document:,}" + (f", from its token {before:,}" if before else ""))
-        part = tokens[start:stop]
         if ids:
             shown, whole = _show_ids(look, part, start, room, unlimited=most == 0)
         else:
             shown, whole = _show_text(look, part, room, unlimited=most == 0)
         room -= shown
-        if not whole or stop > len(tokens):
+        start += len(part)
+        if not whole or (piece is pieces[-1] and start < total):
             _edge(page, f"… cut here, of {total:,} tokens in all: --max_chars 0 shows them")
             return
-        if end is None:
-            _edge(page, f"document {document:,} goes on")
-            return
-        _edge(page, f"end of document {document:,}")
-        document, before, start = document + 1, 0, stop
+        _edge(
+            page,
+            f"end of document {document:,}" if piece.ends else f"document {document:,} goes on",
+        )
 
 
 def _show_text(look: Look, ids: Sequence[int], room: int, *, unlimited: bool) -> tuple[int, bool]:

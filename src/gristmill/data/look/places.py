@@ -72,6 +72,10 @@ class Places:
             item = len(offsets) - 2
         return Place(document, before)
 
+    def ends_at(self, chunk: int, token: int) -> bool:
+        """Whether a token of a chunk is the last of its document."""
+        return bool(len(self._dataset.map(chunk).ends_within(token, token + 1)))
+
     def _pieces(self, document: int) -> list[tuple[int, int, int]]:
         """The chunk and the range of tokens of each piece of a document."""
         chunk, item = self.where(document)

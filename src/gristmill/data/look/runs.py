@@ -13,9 +13,10 @@ import yaml
 
 from gristmill.config.commands import Pretrain
 from gristmill.config.parse import parse
-from gristmill.data.dataset import Dataset
+from gristmill.config.sections import TrainArgs
+from gristmill.data.corpus import Corpus, Part
 from gristmill.data.look.find import Open
-from gristmill.data.modules import open_datasets
+from gristmill.data.modules import Datasets, open_datasets
 from gristmill.util.errors import UserError
 
 RUN_FILE = "run.yaml"
@@ -26,7 +27,8 @@ METRICS_FILE = "metrics.jsonl"
 class Reading:
     """How a run reads its data. `tokenizer_dir` is what the run was given, if anything."""
 
-    dataset: Dataset
+    corpus: Corpus
+    settings: TrainArgs
     seq_len: int
     global_batch_size: int
     seed: int
@@ -42,20 +44,24 @@ def read_run(folder: Path, data_path: str | Path | None, open_dataset: Open) -> 
     record = _record(folder)
     settings, length = record["settings"], record["length"]
     seed = record["identity"].get("data.seed")
-    if data_path is None or seed is None:
-        path, seed = _data(settings)
-        data_path = data_path or path
-    dataset = open_dataset(data_path)
-    if dataset.dataset_id != (trained := record["identity"]["data"]):
+    if data_path is not None and seed is not None:
+        found = Datasets(data_path, None, int(seed))
+    else:
+        found = _datasets(settings)
+    parts = found.train if isinstance(found.train, tuple) else (Part(found.train),)
+    corpus = Corpus(parts, [open_dataset(part.path) for part in parts], found.later)
+    if corpus.dataset_id != (trained := record["identity"]["data"]):
         raise UserError(
-            f"{data_path} is not what the run in {folder} was trained on: it is dataset "
-            f"{dataset.dataset_id[:12]}, the run's was {trained[:12]}. name the run's own data."
+            f"{' and '.join(str(part.path) for part in parts)} is not what the run in {folder} was "
+            f"trained on: its id is {corpus.dataset_id[:12]}, the run's data had {trained[:12]}. "
+            "name the run's own data, or nothing where it has not moved."
         )
     return Reading(
-        dataset=dataset,
+        corpus=corpus,
+        settings=TrainArgs(**settings["train"]),
         seq_len=int(length["seq_len"]),
         global_batch_size=int(length["global_batch_size"]),
-        seed=int(seed),
+        seed=found.seed,
         total_steps=int(length["total_steps"]),
         tokenizer_dir=settings.get("tokenizer_dir"),
     )
@@ -89,7 +95,8 @@ def _record(folder: Path) -> dict[str, Any]:
         )
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
-        _ = record["settings"]["data"], record["length"]["seq_len"], record["identity"]["data"]
+        _ = record["length"]["seq_len"], record["identity"]["data"]
+        _ = record["settings"]["data"], TrainArgs(**record["settings"]["train"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read ({error!r}). give --run another training, or leave it out and "
@@ -98,17 +105,11 @@ def _record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def _data(settings: dict[str, Any]) -> tuple[str | Path, int]:
-    """The training dataset of a run's settings, and the seed of its order."""
+def _datasets(settings: dict[str, Any]) -> Datasets:
+    """The datasets of a run's settings."""
     words = ["--data", json.dumps(settings["data"])]
     cfg = parse(Pretrain, words, prog="gristmill pretrain", positionals=())
     assert cfg.data is not None
     tokenizer = settings.get("tokenizer_dir") or settings.get("initial_checkpoint_dir")
     with contextlib.redirect_stdout(sys.stderr):
-        found = open_datasets(cfg.data, Path(tokenizer) if tokenizer else None)
-    if isinstance(found.train, tuple):
-        raise UserError(
-            "the run was trained on a mixture, whose steps cannot be shown yet. look at one of its "
-            "datasets: gristmill data inspect DATASET --sample G --seq_len T"
-        )
-    return found.train, found.seed
+        return open_datasets(cfg.data, Path(tokenizer) if tokenizer else None)
