@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gristmill.data import card, chunk_table, manifest
+from gristmill.data import card, chunk_table, manifest, summary
 from gristmill.data.chunk_table import ChunkTable, TableBuilder
 from gristmill.data.chunks import ChunkRecord, index_json, map_chunk, write_chunk
 from gristmill.data.manifest import Manifest, Source, TokenizerRecord, Totals
@@ -261,8 +261,9 @@ def _check_rejects(job: _Job, listed: Path, space: Workspace, limit: float) -> N
     if job.quarantined_bytes > limit * text_bytes:
         path, reason = job.quarantined[0]
         found.append(
-            f"{len(job.quarantined):,} damaged inputs with {job.quarantined_bytes:,} of "
-            f"{text_bytes:,} bytes of text are left out (first {path}: {reason})"
+            f"{summary.count(len(job.quarantined), 'damaged input')} with "
+            f"{job.quarantined_bytes:,} of {text_bytes:,} bytes of text would be left out "
+            f"(first {path}: {reason})"
         )
     enough = math.ceil(1000 * share) / 1000
     raise UserError(

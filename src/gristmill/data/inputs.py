@@ -94,25 +94,26 @@ def _stat(root: Storage, name: str) -> Entry:
 
 def _matching(root: Storage, pattern: str, exclude: Sequence[str | Path]) -> list[Input]:
     matches = re.compile(_regex(pattern)).fullmatch
-    by_path: dict[str, tuple[str, str, Entry | None]] = {}
+    matching: list[tuple[str, str, str, Entry | None]] = []
     others: Counter[str] = Counter()
     for place, real, entry in (
         _remote(root, exclude) if not root.is_local else _local(root, exclude)
     ):
         path = _normal(place)
         if matches(path):
-            by_path[path] = (place, real, entry)
+            matching.append((path, place, real, entry))
         else:
             others[PurePosixPath(place).suffix or "no suffix"] += 1
-    if not by_path:
+    if not matching:
         there = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(6)) or "no files"
         raise UserError(
             f"no file under {root.root} matches {pattern!r} (there: {there}). "
             f"give a pattern that fits, for example --pattern '{_suggestion(others)}'."
         )
     found: dict[str, Input] = {}
-    for path in sorted(by_path, key=lambda p: p.encode("utf-8", "surrogateescape")):
-        place, real, entry = by_path[path]
+    # Two files can have one path: where the disk tells apart what Unicode holds for the same.
+    matching.sort(key=lambda m: [name.encode("utf-8", "surrogateescape") for name in m[:2]])
+    for path, place, real, entry in matching:
         if real not in found:
             # Pages of a web server name files without their sizes.
             if entry is None or (not entry.size and root.root.startswith("http")):

@@ -53,6 +53,8 @@ def prepare(cfg: Prepare) -> None:
         for job in jobs(cfg).values():
             try:
                 _prepare(job)
+            except BrokenPipeError:
+                raise  # whoever read what is printed has left
             except OSError as error:
                 raise write_error(error, job.out) from error
 
@@ -96,6 +98,8 @@ def build(plan: Plan, job: Job) -> Made:
             space.close()
             if replaces:
                 swap(space.out.path, job.out.path.resolve())
+    except BrokenPipeError:
+        raise  # whoever read what is printed has left
     except OSError as error:
         # On an object store nothing holds back another process that finishes the same job.
         made = finished(plan, space.out) if isinstance(error, FileNotFoundError) else {}

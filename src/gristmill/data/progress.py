@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -62,7 +63,9 @@ class Meter:
             return
         self._shown = now
         if self._live is None:
-            print(self._text(now), file=sys.stderr, flush=True)
+            # Nobody may be reading it any more; the work goes on.
+            with contextlib.suppress(OSError):
+                print(self._text(now), file=sys.stderr, flush=True)
         else:
             from rich.text import Text
 

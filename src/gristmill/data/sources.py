@@ -142,7 +142,8 @@ def nothing_read(path: str | Path | Storage, num_inputs: int, rejects: Sequence[
     """The message for inputs without a single document of text."""
     place = path.root if isinstance(path, Storage) else path
     if not rejects:
-        return f"{place} holds no text ({num_inputs} files, all empty). name other input."
+        files = "1 file" if num_inputs == 1 else f"{num_inputs:,} files"
+        return f"{place} holds no text ({files} looked at). name other input."
     first = rejects[0]
     detail = f"; {first.detail}" if first.detail else ""
     advice = "name text that is UTF-8, or narrow the pattern (--pattern)."

@@ -92,6 +92,15 @@ def test_paths_are_sorted_by_their_normalised_bytes(tmp_path):
     assert list_inputs(tmp_path, "*")[2].place == "e\u0301.txt"
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_spellings_of_one_name_are_two_files(tmp_path, remote):
+    names = ["\xe9.txt", "e\u0301.txt", "z.txt", "Z.txt"]
+    put(tmp_path, *names)
+    found = list_inputs(put_remote(*names) if remote else tmp_path, "*")
+    assert [item.path for item in found] == ["Z.txt", "z.txt", "\xe9.txt", "\xe9.txt"]
+    assert [item.place for item in found[2:]] == ["e\u0301.txt", "\xe9.txt"]
+
+
 def test_an_empty_folder_says_what_is_there(tmp_path):
     put(tmp_path, "a.md", "b.md", "c.pdf")
     with pytest.raises(

@@ -80,7 +80,7 @@ def judged(reading: Reading, at: int, line: bytes) -> Document | None:
     try:
         record = reading.parse(at, line)
     except ValueError as error:
-        return reading.reject(at, "bad JSON", str(error)) if line.strip() else None
+        return reading.unparsed(at, line, error) if line.strip() else None
     found = reading.records.text(record, at)
     return FILTERED if found is None else found
 

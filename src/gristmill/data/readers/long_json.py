@@ -109,7 +109,7 @@ class Outline:
         try:
             record = self._reading.parse(self._at, kept)
         except ValueError as error:
-            return self._reading.reject(self._at, "bad JSON", str(error))
+            return self._reading.unparsed(self._at, kept, error)
         found = self._reading.records.text(record, self._at)
         if found is None:
             return FILTERED
@@ -194,7 +194,7 @@ class LongJson:
             try:
                 piece = orjson.loads(b'"' + data[:end] + b'"')
             except ValueError as error:
-                raise Unreadable(self._reading.reject(self._at, "bad JSON", str(error))) from error
+                raise Unreadable(self._reading.unparsed(self._at, data[:end], error)) from error
             if piece:
                 yield piece
 

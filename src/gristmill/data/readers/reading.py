@@ -83,6 +83,14 @@ class Reading:
         json.dumps(record, ensure_ascii=False).encode()
         return record
 
+    def unparsed(self, at: int, data: bytes, error: ValueError) -> Reject:
+        """A record that begins at byte `at` and is no JSON: what is wrong with it."""
+        try:
+            data.decode()
+        except UnicodeDecodeError as wrong:
+            return self.reject(at, "not UTF-8", wrong.reason)
+        return self.reject(at, "bad JSON", str(error))
+
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
         """Turn what reading a broken file raises into a DataError that names the file."""
