@@ -119,7 +119,9 @@ class Storage:
         found = self._fs.find(key, detail=True)
         start = len(self._key("")) + 1
         for full in sorted(found):
-            yield self._entry(full[start:], found[full])
+            # A folder that gets its first file while it is listed is found itself.
+            if found[full].get("type") != "directory":
+                yield self._entry(full[start:], found[full])
 
     def read(self, name: str) -> bytes:
         """The bytes of a file. Raises FileNotFoundError."""

@@ -81,8 +81,8 @@ def _connected(address: str) -> Iterator[Any]:
     if address == "local":
         options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    elif address != "auto":
-        _check_reachable(address)
+    else:
+        _check_reachable(_known(ray) if address == "auto" else address)
     # Its own way to end on SIGTERM would hide ours.
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM) if main else None
@@ -98,8 +98,18 @@ def _connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
+def _known(ray: Any) -> str:
+    """The cluster that Ray means by `auto`, which may be gone; empty when it is not noted."""
+    with contextlib.suppress(Exception):  # no public way to ask
+        noted = os.environ.get("RAY_ADDRESS") or ray._private.utils.read_ray_address()
+        return noted if isinstance(noted, str) and noted != "auto" else ""
+    return ""
+
+
 def _check_reachable(address: str) -> None:
     """Raise UserError where nobody listens: Ray itself would try for minutes."""
+    if not address:
+        return
     if "://" in address:
         raise UserError(
             f"--ray.address {address} is a client's address. run the command on a machine of the "
