@@ -184,7 +184,7 @@ def test_empty_folder(refused, tokenizer, tmp_path):
     refused(
         prepare(tmp_path / "empty", tokenizer, tmp_path / "out"),
         str(tmp_path / "empty"),
-        "--pattern",
+        "there are no files",
     )
     assert not (tmp_path / "out" / "manifest.json").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from gristmill.data.chunks import MappedChunk, adopt, map_chunk
 from gristmill.data.manifest import Manifest, Totals
 from gristmill.data.storage import Storage, is_url
 from gristmill.data.workspace import NAME as UNFINISHED
-from gristmill.util.errors import UserError
+from gristmill.util.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,6 +73,7 @@ class Dataset:
         if (folder / manifest.NAME).is_file():
             contents = manifest.read(folder)
             table = ChunkTable.read(folder, contents.chunk_table, contents.totals.chunks)
+            _check_element_type(folder / manifest.NAME, contents, table)
             dataset = cls(folder, contents, table)
         elif (folder / "index.json").is_file() and not (folder / UNFINISHED).exists():
             dataset = cls(folder, *_adopted(folder))
@@ -97,6 +99,7 @@ class Dataset:
             )
         contents = manifest.read(storage)
         table = ChunkTable.read(storage, contents.chunk_table, contents.totals.chunks)
+        _check_element_type(storage.at(manifest.NAME), contents, table)
         if contents.totals.tokens == 0:
             raise UserError(f"{url} holds no tokens. prepare other text.")
         if not contents.whole_digests:
@@ -175,6 +178,28 @@ class Dataset:
                 )
             largest = max(largest, int(scanned.max()))
         return largest
+
+
+def _check_element_type(where: Path | str, contents: Manifest, table: ChunkTable) -> None:
+    """Raise RunError unless ids of the manifest's element type fill the chunks exactly.
+
+    Read as another type, they would be other ids, and training would not notice.
+    """
+    known = contents.num_token_ids
+    with contextlib.suppress(TypeError):  # no element type at all
+        element = np.dtype(contents.dtype)
+        width = element.itemsize
+        if (
+            element.kind in "iu"
+            and (known is None or known - 1 <= np.iinfo(element).max)
+            and np.array_equal(table.sizes, 4 * (table.documents + 2) + width * table.tokens)
+        ):
+            return
+    ids = "" if known is None else f" and ids up to {known - 1:,}"
+    raise RunError(
+        f"{where} says that token ids are {contents.dtype}, which does not agree with its chunks"
+        f"{ids}. copy the dataset again, or prepare it again with --overwrite."
+    )
 
 
 def described(table: ChunkTable, dtype: str, *, whole_digests: bool) -> Manifest:

@@ -105,7 +105,12 @@ def _matching(root: Storage, pattern: str, exclude: Sequence[str | Path]) -> lis
         else:
             others[PurePosixPath(place).suffix or "no suffix"] += 1
     if not matching:
-        there = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(6)) or "no files"
+        if not others:
+            raise UserError(
+                f"there are no files under {root.root} (hidden ones and prepared "
+                "datasets do not count). name another folder, or put text there."
+            )
+        there = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(6))
         raise UserError(
             f"no file under {root.root} matches {pattern!r} (there: {there}). "
             f"give a pattern that fits, for example --pattern '{_suggestion(others)}'."

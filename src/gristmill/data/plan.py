@@ -462,7 +462,8 @@ def sample_texts(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> list
             break
     else:
         _raise_damage(recipe, root, inputs)
-    raise UserError(sources.nothing_read(root.root, len(inputs), rejects))
+    where = root.at(inputs[0].place) if len(inputs) == 1 else root.root
+    raise UserError(sources.nothing_read(where, len(inputs), rejects))
 
 
 def _sampled(

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from gristmill.config.commands import Prepare
-from gristmill.data import layouts, status, summary
+from gristmill.data import layouts, sources, status, summary
 from gristmill.data.executors import Failure, Task, array, local
 from gristmill.data.executors.array import Array
 from gristmill.data.executors.work import write_error
@@ -130,6 +130,13 @@ def _begin(plan: Plan, job: Job, space: Workspace) -> None:
     engine = choose_engine(job.tokenizer, job.engine, sample)
     if engine.note:
         print(f"encoding with {engine.name} {engine.version}: {engine.note}", file=sys.stderr)
+    if cut := sources.cut_short(plan.recipe.format, job.root, plan.inputs):
+        print(
+            f"cut short, without a parquet footer: {len(cut):,} of "
+            f"{summary.count(len(plan.inputs), 'input')} (first {cut[0]}). "
+            "what is whole is prepared; fetch the others again.",
+            file=sys.stderr,
+        )
     begun = space.stored()
     is_shared = isinstance(job.executor, Array)
     # In an array the first rank's choice counts; one that lacks its engine says so.

@@ -27,6 +27,8 @@ from gristmill.util.errors import UserError
 
 # What is not named here is read as JSON lines.
 _READERS = {".json": "json_array", ".parquet": "parquet", ".arrow": "arrow"}
+# How parquet files end, the encrypted ones too.
+_FOOTERS = (b"PAR1", b"PARE")
 # A larger file is looked at before it is read, not only afterwards.
 _LARGE_BYTES = 16 << 20
 
@@ -61,6 +63,26 @@ def read_span(
 def is_parted(form: Format, place: str) -> bool:
     """Whether a file can be read from the middle: whether spans of it cost only themselves."""
     return _reader(form, place) in ("jsonl", "parquet") and not is_compressed(place)
+
+
+def cut_short(form: Format, root: Storage, inputs: Sequence[Input]) -> list[str]:
+    """The parquet files on a disk that lack their end, found without reading them.
+
+    On an object store nobody is asked: each answer takes a request.
+    """
+    if form.records == "text" or not root.is_local:
+        return []
+    tables = [item for item in inputs if _reader(form, item.place) == "parquet"]
+    return [item.path for item in tables if not _has_footer(root, item)]
+
+
+def _has_footer(root: Storage, item: Input) -> bool:
+    try:
+        with open(root.at(item.place), "rb") as file:
+            file.seek(max(0, item.size - len(_FOOTERS[0])))
+            return file.read() in _FOOTERS
+    except OSError:
+        return True  # reading it says what is wrong
 
 
 def _reader(form: Format, place: str) -> str:
@@ -142,8 +164,8 @@ def nothing_read(path: str | Path | Storage, num_inputs: int, rejects: Sequence[
     """The message for inputs without a single document of text."""
     place = path.root if isinstance(path, Storage) else path
     if not rejects:
-        files = "1 file" if num_inputs == 1 else f"{num_inputs:,} files"
-        return f"{place} holds no text ({files} looked at). name other input."
+        number = f" ({num_inputs:,} files)" if num_inputs > 1 else ""
+        return f"{place} holds no text{number}. name other input."
     first = rejects[0]
     detail = f"; {first.detail}" if first.detail else ""
     advice = "name text that is UTF-8, or narrow the pattern (--pattern)."
