@@ -16,17 +16,19 @@ file stays readable, whoever removes it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import threading
 import time
 import uuid
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import xxhash
 
@@ -34,12 +36,20 @@ from gristmill.data.chunks import ChunkRecord
 from gristmill.data.storage import Storage
 from gristmill.util.errors import RunError
 
-_TRIES = 6
+# Tries to fetch a chunk ahead, and one that is needed now: those outlast 100 s of a store that does
+# not answer. What has come wrong so many times is wrong there.
+_TRIES, _URGENT_TRIES, _WRONG_TRIES = 6, 10, 4
 _FIRST_DELAY_S = 0.2
 _POLL_S = 0.02
 _BLOCK_BYTES = 4 << 20
 _DOWNLOADS = 8
 _NEVER = 2**62
+# How often a reader tells the others what it needs, looks again whether a chunk is still there, and
+# tries again to find room for one. Training asks for the next batch many times in between.
+_TELL_S, _SEEN_S, _NO_ROOM_S = 0.02, 0.5, 0.05
+# How long the end of a process waits for what is on its way.
+_END_S = 1.0
+_IN_HAND, _NO_ROOM = "in hand", "no room"
 
 
 @dataclass(frozen=True)
@@ -59,45 +69,59 @@ class ChunkCache:
     """A folder of chunks with a limit in bytes, shared by the processes of a machine.
 
     `open(wanted)` gives a chunk's file, fetched when it is not there; `ahead(...)` says what will
-    be needed and fetches it in the background. Raises RunError when a chunk cannot be fetched, or
-    is not what its manifest says however often it is.
+    be needed and fetches it in the background. `ahead_bytes` is how much of it is looked at in
+    advance: the whole limit unless given. Of several readers, the largest limit holds. Raises
+    RunError when a chunk cannot be fetched, or is not what its manifest says however often it is.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, *, ahead_bytes: int | None = None) -> None:
         self.folder, self.max_bytes = folder, max_bytes
+        self.ahead_bytes = max_bytes if ahead_bytes is None else min(ahead_bytes, max_bytes)
         self.downloads = 0
         """Chunks that this process has fetched."""
         self._chunks, self._readers = folder / "chunks", folder / "readers"
         for path in (self._chunks, self._readers):
             path.mkdir(parents=True, exist_ok=True)
         self._name = uuid.uuid4().hex[:16]
-        self._alive = _locked_file(self._readers / f"{self._name}.lock")
-        self._pool = ThreadPoolExecutor(_DOWNLOADS, thread_name_prefix="chunks")
-        self._coming: dict[str, Future[None]] = {}
-        self._next_use: dict[str, int] = {}
-        self._guard = threading.Lock()
+        self._sizes: dict[str, int] = {}
+        self._seen: dict[str, float] = {}
+        self._share, self._told_at = 1.0, 0.0
+        self._uses: dict[str, int] = {}
+        self._told_keys: Mapping[str, int] = {}
+        with self._locked():
+            # Under the lock, since a file that nobody holds is taken for that of a dead reader.
+            alive = _locked_file(self._readers / f"{self._name}.lock")
+            self._tell()
+            self._trim()
+        self._todo = _Todo()
+        reader = self._readers / self._name
+        self._end = weakref.finalize(self, _end, self._todo, reader, alive, os.getpid())
 
     def close(self) -> None:
-        """Stop fetching; the chunks stay for the next reader."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        for suffix in ("json", "lock"):
-            (self._readers / f"{self._name}.{suffix}").unlink(missing_ok=True)
-        self._alive.close()
+        """Stop fetching; the chunks stay for the next reader. The end of the process does it too,
+        and waits for no store that does not answer."""
+        self._end()
 
     def ahead(self, coming: Sequence[Wanted], next_use: Mapping[str, int]) -> None:
         """Fetch these chunks, the first ones first, as far as there is room without one that is
         needed sooner. `next_use` tells for keys in how many samples this reader needs them."""
-        with self._guard:
-            self._next_use = dict(next_use)
-        _write(self._readers / f"{self._name}.json", json.dumps(next_use))
-        for key in [key for key, future in self._coming.items() if future.done()]:
-            # What failed in the background is tried again, and told, when it is needed.
-            del self._coming[key]
+        self._uses = dict(next_use)
+        now, room = time.monotonic(), self._share * self.max_bytes
+        missing = []
         for wanted in coming:
-            if len(self._coming) >= 2 * _DOWNLOADS:
-                return
-            if wanted.key not in self._coming and not (self._chunks / wanted.key).exists():
-                self._coming[wanted.key] = self._pool.submit(self._fetch_early, wanted)
+            room -= wanted.record.bytes
+            if room < 0:
+                break
+            if now - self._seen.get(wanted.key, 0) > _SEEN_S:
+                missing.append(wanted)
+        # What comes must not look to others as if nobody needed it.
+        if now - self._told_at > _TELL_S or any(w.key not in self._told_keys for w in missing):
+            self._tell()
+            views = [told["ahead"] for told in self._told()]
+            # All that all readers fetch ahead fits at once, or they would take it from each other.
+            self._share = self.ahead_bytes / max(1, sum(views))
+        if missing:
+            self._todo.put(missing, weakref.ref(self))
 
     @contextlib.contextmanager
     def open(self, wanted: Wanted) -> Iterator[Path]:
@@ -110,111 +134,160 @@ class ChunkCache:
                     return
             self._fetch(wanted, urgent=True)
 
-    def _fetch_early(self, wanted: Wanted) -> None:
-        with contextlib.suppress(RunError):
-            self._fetch(wanted, urgent=False)
+    def discard(self, wanted: Wanted) -> None:
+        """Take a chunk out of the folder, because what lies there is damaged."""
+        with self._locked():
+            self._remove([wanted.key])
 
-    def _fetch(self, wanted: Wanted, *, urgent: bool) -> None:
-        """Bring a chunk, or wait while another process does; without room, only if `urgent`."""
-        while not (self._chunks / wanted.key).exists():
+    def fetch_early(self, wanted: Wanted) -> bool:
+        """Fetch a chunk if there is room for it; whether there was."""
+        with contextlib.suppress(RunError, OSError):  # told when the chunk is needed
+            return self._fetch(wanted, urgent=False)
+        return True
+
+    def _fetch(self, wanted: Wanted, *, urgent: bool) -> bool:
+        """Bring a chunk, or wait while another does; False without room, only if not `urgent`."""
+        path = self._chunks / wanted.key
+        if wanted.record.bytes > self.max_bytes:
+            raise RunError(
+                f"{wanted.storage.at(wanted.record.name)} has {wanted.record.bytes:,} bytes, more "
+                f"than the cache in {self.folder} may hold ({self.max_bytes:,}). give it more: "
+                "--data.cache_gb"
+            )
+        while not path.exists():
             part = self._take_room(wanted, urgent=urgent)
-            if part is not None:
-                try:
-                    self._download(wanted, part)
-                finally:
-                    with self._locked():
-                        Path(part.name).unlink(missing_ok=True)
-                    part.close()
-                return
-            if not urgent:
-                return
-            time.sleep(_POLL_S)
+            if isinstance(part, str):
+                if not urgent:
+                    return part == _IN_HAND
+                time.sleep(_POLL_S)
+                continue
+            try:
+                self._download(wanted, part, urgent=urgent)
+            finally:
+                with self._locked():
+                    Path(part.name).unlink(missing_ok=True)
+                part.close()
+            break
+        self._seen[wanted.key] = time.monotonic()
+        return True
 
-    def _take_room(self, wanted: Wanted, *, urgent: bool) -> IO[bytes] | None:
-        """A file of the chunk's size to write it into; None when somebody else has it in hand or
-        nothing may go that would make room."""
+    def _take_room(self, wanted: Wanted, *, urgent: bool) -> IO[bytes] | str:
+        """A file of the chunk's size to write it into, or why there is none: somebody else has the
+        chunk in hand, or nothing may go that would make room."""
         path = self._chunks / f"{wanted.key}.part"
         with self._locked():
-            if (self._chunks / wanted.key).exists():
-                return None
-            sizes = {p.name: p.stat().st_size for p in self._chunks.iterdir()}
-            if path.name in sizes:
-                if _is_locked(path):
-                    return None
-                path.unlink(missing_ok=True)  # its writer died
-                del sizes[path.name]
-            if not self._make_room(wanted, sizes, urgent=urgent):
-                return None
+            if (self._chunks / wanted.key).exists() or _is_locked(path):
+                return _IN_HAND
+            if not self._make_room(wanted, urgent=urgent):
+                return _NO_ROOM
             part = _locked_file(path)
             part.truncate(wanted.record.bytes)
             return part
 
-    def _make_room(self, wanted: Wanted, sizes: dict[str, int], *, urgent: bool) -> bool:
+    def _make_room(self, wanted: Wanted, *, urgent: bool) -> bool:
         """Remove chunks until the wanted one fits; nothing if that takes one needed sooner.
 
         What is needed now may take the place of anything: there is always a next step.
         """
+        sizes = self._held()
+        sizes.pop(f"{wanted.key}.part", None)  # of a writer that died
         excess = sum(sizes.values()) + wanted.record.bytes - self.max_bytes
         if excess <= 0:
             return True
-        next_use = self._next_uses()
-        mine = -1 if urgent else next_use.get(wanted.key, _NEVER - 1)
-        whole = [name for name in sizes if not name.endswith(".part")]
+        told = self._told()
+        excess -= max(reader["limit"] for reader in told) - self.max_bytes
+        uses = _soonest(told)
+        mine = -1 if urgent else uses.get(wanted.key, _NEVER - 1)
         leaving = []
-        for name in sorted(whole, key=lambda n: -next_use.get(n, _NEVER)):
-            if next_use.get(name, _NEVER) <= mine:
+        for name in sorted(sizes, key=lambda n: -_when(n, uses)):
+            if excess <= 0 or _when(name, uses) <= mine:
                 break
-            leaving.append(name)
-            excess -= sizes[name]
-            if excess <= 0:
-                for going in leaving:
-                    (self._chunks / going).unlink(missing_ok=True)
-                return True
-        # Parts that nobody writes any more are in the way too.
-        dead = [n for n in sizes if n.endswith(".part") and not _is_locked(self._chunks / n)]
-        for name in dead:
+            if not name.endswith(".part") or not _is_locked(self._chunks / name):
+                leaving.append(name)
+                excess -= sizes[name]
+        if excess > 0:
+            return False
+        self._remove(leaving)
+        return True
+
+    def _trim(self) -> None:
+        """Remove what an earlier reader with a larger limit left here."""
+        sizes, told = self._held(), self._told()
+        excess = sum(sizes.values()) - max(reader["limit"] for reader in told)
+        uses, leaving = _soonest(told), []
+        for name in sorted(sizes, key=lambda n: -_when(n, uses)):
+            if excess > 0 and not _is_locked(self._chunks / name):
+                leaving.append(name)
+                excess -= sizes[name]
+        self._remove(leaving)
+
+    def _held(self) -> dict[str, int]:
+        """Every file of the folder and its size, which a name never changes."""
+        known, self._sizes = self._sizes, {}
+        for name in os.listdir(self._chunks):
+            size = known.get(name)
+            self._sizes[name] = (self._chunks / name).stat().st_size if size is None else size
+        return dict(self._sizes)
+
+    def _remove(self, names: Sequence[str]) -> None:
+        for name in names:
             (self._chunks / name).unlink(missing_ok=True)
-        return bool(dead) and self._make_room(
-            wanted, {n: s for n, s in sizes.items() if n not in dead}, urgent=urgent
-        )
+            self._seen.pop(name, None)
 
-    def _next_uses(self) -> dict[str, int]:
-        """The soonest use of each chunk by any living reader; also forgets those that died."""
-        soonest: dict[str, int] = {}
+    def _tell(self) -> None:
+        """Write down what this reader needs, for the others."""
+        self._told_at, self._told_keys = time.monotonic(), self._uses
+        about = {"limit": self.max_bytes, "ahead": self.ahead_bytes, "uses": self._uses}
+        _write(self._readers / f"{self._name}.json", json.dumps(about))
+
+    def _told(self) -> list[dict[str, Any]]:
+        """What each living reader needs, this one first; also forgets those that died."""
+        found = [{"limit": self.max_bytes, "ahead": self.ahead_bytes, "uses": self._uses}]
         for lock in self._readers.glob("*.lock"):
-            told = lock.with_suffix(".json")
-            if lock.stem != self._name and not _is_locked(lock):
-                lock.unlink(missing_ok=True)
-                told.unlink(missing_ok=True)
+            if lock.stem == self._name:
                 continue
-            uses = self._next_use if lock.stem == self._name else _read(told)
-            for key, position in uses.items():
-                soonest[key] = min(position, soonest.get(key, _NEVER))
-        return soonest
+            if _is_locked(lock):
+                found.append(
+                    {"limit": 0, "ahead": 0, "uses": {}} | _read(lock.with_suffix(".json"))
+                )
+            else:
+                _forget(lock.with_suffix(""))
+        return found
 
-    def _download(self, wanted: Wanted, part: IO[bytes]) -> None:
+    def _download(self, wanted: Wanted, part: IO[bytes], *, urgent: bool) -> None:
         where = wanted.storage.at(wanted.record.name)
-        problem = ""
-        for attempt in range(_TRIES):
-            if attempt:
-                time.sleep(_FIRST_DELAY_S * 2 ** (attempt - 1))
+        problem, wrong = "", 0
+        for attempt in range(_URGENT_TRIES if urgent else _TRIES):
+            if attempt and self._todo.closed.wait(_FIRST_DELAY_S * 2 ** (attempt - 1)):
+                raise RunError(f"{where} was not read: the cache was closed. open it again.")
             try:
                 with wanted.storage.open(wanted.record.name) as source:
                     problem = _copied(source, part, wanted.record)
+                wrong += problem != ""
             except FileNotFoundError:
                 raise RunError(
                     f"{where} is missing. copy it there again, or prepare the dataset again."
                 ) from None
             except Exception as error:  # whatever the store's library raises
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise RunError(
+                        f"the disk of {self.folder} is full. make room there, or give less of it "
+                        "or another one to chunks: --data.cache_gb, --data.cache_dir"
+                    ) from error
                 problem = f"{type(error).__name__}: {error}"
+                wrong += isinstance(error, PermissionError)
+            if wrong == _WRONG_TRIES:
+                break
             if not problem:
+                os.fsync(part.fileno())  # a power failure must not leave an empty file there
                 with self._locked():
                     os.replace(part.name, self._chunks / wanted.key)
-                self.downloads += 1
+                    self.downloads += 1
                 return
         raise RunError(
-            f"{where} could not be read ({_TRIES} tries; {problem}). check the connection with "
-            f"`gristmill data verify {wanted.storage.root}`, or copy the chunk there again."
+            f"{where} could not be read ({attempt + 1} tries; {problem}). see what else is wrong "
+            f"with `gristmill data verify {wanted.storage.root}`, copy the chunk there again, and "
+            "run the command again: it goes on."
         )
 
     @contextlib.contextmanager
@@ -265,9 +338,110 @@ def _write(path: Path, text: str) -> None:
     os.replace(scrap, path)
 
 
-def _read(path: Path) -> dict[str, int]:
+def _read(path: Path) -> dict[str, Any]:
     try:
-        uses: dict[str, int] = json.loads(path.read_text())
-        return uses
+        told: dict[str, Any] = json.loads(path.read_text())
+        return told
     except (FileNotFoundError, ValueError):
         return {}
+
+
+def _forget(reader: Path) -> None:
+    """Remove the files of a reader that is gone."""
+    for suffix in (".json", ".tmp", ".lock"):
+        reader.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def _soonest(told: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The soonest use of each chunk by any reader."""
+    soonest: dict[str, int] = {}
+    for reader in told:
+        for key, position in reader["uses"].items():
+            soonest[key] = min(position, soonest.get(key, _NEVER))
+    return soonest
+
+
+def _when(name: str, uses: Mapping[str, int]) -> int:
+    """When a file of the folder is needed; one half fetched, whose writer may be dead, first goes
+    if it is."""
+    return _NEVER + 1 if name.endswith(".part") else uses.get(name, _NEVER)
+
+
+class _Todo:
+    """Chunks to fetch ahead, the first ones first, and the threads that do.
+
+    They are daemons: a process that ends does not wait for a store.
+    """
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self._change = threading.Condition()
+        self._wanted: deque[Wanted] = deque()
+        self._busy: set[str] = set()
+        self._threads: list[threading.Thread] = []
+        self._full_until = 0.0
+
+    def put(self, wanted: Sequence[Wanted], cache: weakref.ref[ChunkCache]) -> None:
+        """Fetch these, and no longer what was asked for before."""
+        with self._change:
+            if self.closed.is_set() or time.monotonic() < self._full_until:
+                return
+            self._wanted = deque(w for w in wanted if w.key not in self._busy)
+            while len(self._threads) < min(_DOWNLOADS, len(self._wanted)):
+                name = f"chunks-{len(self._threads)}"
+                new = threading.Thread(target=self._work, args=(cache,), name=name, daemon=True)
+                self._threads.append(new)
+                new.start()
+            self._change.notify(len(self._wanted))
+
+    def idle(self) -> bool:
+        """Whether nothing is being fetched or waits for it."""
+        with self._change:
+            return not self._wanted and not self._busy
+
+    def close(self) -> None:
+        """Stop; what is on its way is given up soon."""
+        with self._change:
+            self.closed.set()
+            self._wanted.clear()
+            self._change.notify_all()
+        until = time.monotonic() + _END_S
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until - time.monotonic()))
+
+    def _work(self, cache_of: weakref.ref[ChunkCache]) -> None:
+        while (wanted := self._take()) is not None:
+            room, cache = True, cache_of()
+            try:
+                if cache is not None:
+                    room = cache.fetch_early(wanted)
+            finally:
+                del cache  # or it would never be garbage
+                self._done(wanted, room=room)
+
+    def _take(self) -> Wanted | None:
+        with self._change:
+            while not self.closed.is_set():
+                if self._wanted:
+                    wanted = self._wanted.popleft()
+                    self._busy.add(wanted.key)
+                    return wanted
+                self._change.wait()
+        return None
+
+    def _done(self, wanted: Wanted, *, room: bool) -> None:
+        with self._change:
+            self._busy.discard(wanted.key)
+            if not room:
+                self._wanted.clear()
+                self._full_until = time.monotonic() + _NO_ROOM_S
+
+
+def _end(todo: _Todo, reader: Path, alive: IO[bytes], pid: int) -> None:
+    """What is left to do when nobody uses a cache any more; a forked process uses its parent's."""
+    if os.getpid() != pid:
+        return
+    todo.close()
+    _forget(reader)
+    alive.close()

@@ -23,6 +23,9 @@ from gristmill.data.stream import TokenStream
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_cache_dir
 
+# Chunks that are fetched ahead of reading in order: as many as hide the way to a store.
+_IN_ORDER_CHUNKS = 16
+
 MANY_EPOCHS = 4
 """A source read more often than this is worth a warning (arXiv:2305.16264)."""
 
@@ -70,13 +73,15 @@ class Corpus:
         *,
         later: Sequence[LaterWeights] = (),
         limit: CacheLimit = CacheLimit(),
+        in_order: bool = False,
     ) -> Corpus:
         """The datasets of these parts. Raises UserError as `Dataset.open`, for weights that cannot
-        be, and for a cache that is too small."""
+        be, and for a cache that is too small. What is only read `in_order`, as held-out text is,
+        takes little of the cache."""
         for weights in ([part.weight for part in parts], *(stage.weights for stage in later)):
             _check_weights(weights)
         remote = [str(part.path) for part in parts if is_url(part.path)]
-        cache = open_cache(remote, limit) if remote else None
+        cache = open_cache(remote, limit, in_order=in_order) if remote else None
         return cls(parts, [Dataset.open(part.path, cache=cache) for part in parts], later)
 
     @property
@@ -225,17 +230,19 @@ def name_of(path: str | Path) -> str:
     return parts[-1] if parts else str(path)
 
 
-def open_cache(urls: Sequence[str], limit: CacheLimit) -> ChunkCache:
+def open_cache(urls: Sequence[str], limit: CacheLimit, *, in_order: bool = False) -> ChunkCache:
     """The cache for chunks of these datasets. Raises UserError when it is too small for them."""
     folder = Path(limit.folder).expanduser() if limit.folder else user_cache_dir() / "chunks"
     folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(_window_bytes(url) for url in urls)
+    needed = sum(_largest(url, _IN_ORDER_CHUNKS if in_order else WINDOW_CHUNKS) for url in urls)
     held = sum(p.stat().st_size for p in (folder / "chunks").glob("*"))
     room = int(0.8 * (shutil.disk_usage(folder).free + held))
     if isinstance(limit.gigabytes, str):
         size = min(2 * needed, room)
     else:
         size = int(limit.gigabytes * 1e9)
+    if in_order:
+        return ChunkCache(folder, size, ahead_bytes=needed)
     if size < needed:
         typed = "--data.cache_gb " + f"{size / 1e9:.3g}"
         what = typed if not isinstance(limit.gigabytes, str) else f"the room in {folder}"
@@ -249,8 +256,8 @@ def open_cache(urls: Sequence[str], limit: CacheLimit) -> ChunkCache:
     return ChunkCache(folder, size)
 
 
-def _window_bytes(url: str) -> int:
-    """Bytes of the largest window that a dataset can have."""
+def _largest(url: str, chunks: int) -> int:
+    """Bytes of the largest chunks of a dataset, so many of them."""
     storage = Storage(url)
     try:
         contents = read(storage)
@@ -258,4 +265,4 @@ def _window_bytes(url: str) -> int:
         return 0  # opening it says what is wrong
     sizes = ChunkTable.read(storage, contents.chunk_table, contents.totals.chunks).sizes
     sizes.sort()
-    return int(sizes[-WINDOW_CHUNKS:].sum())
+    return int(sizes[-chunks:].sum())

@@ -51,7 +51,7 @@ class LookAhead:
         """For each chunk needed soon, by its key, the batch that needs it first; soonest first."""
         first: OrderedDict[str, tuple[int, Wanted]] = OrderedDict()
         size, position, number = 0, samples, 0
-        while number < _MAX_BATCHES and size < self._cache.max_bytes:
+        while number < _MAX_BATCHES and size < self._cache.ahead_bytes:
             if number == len(self._batches):
                 self._batches.append((position, list(self._chunks_of(position, plan))))
             for wanted in self._batches[number][1]:

@@ -61,7 +61,9 @@ class Datasets:
 
     def val_corpus(self) -> Corpus | None:
         """What is held out, opened."""
-        return None if self.val is None else Corpus.open(_parts(self.val), limit=self.limit)
+        if self.val is None:
+            return None
+        return Corpus.open(_parts(self.val), limit=self.limit, in_order=True)
 
 
 def _parts(found: Path | str | tuple[Part, ...]) -> tuple[Part, ...]:

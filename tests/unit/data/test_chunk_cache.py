@@ -71,6 +71,8 @@ def records(tmp_path):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(chunk_cache, "_FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr(chunk_cache, "_NO_ROOM_S", 0.0)
+    monkeypatch.setattr(chunk_cache, "_TELL_S", 0.0)
 
 
 def first_token(cache, wanted):
@@ -144,8 +146,8 @@ def test_what_is_needed_last_goes_first(tmp_path, records):
 
 
 def settle(cache):
-    for future in list(cache._coming.values()):
-        future.result()
+    while not cache._todo.idle():
+        time.sleep(0.001)
 
 
 def test_another_readers_needs_count_until_it_dies(tmp_path, records):
@@ -159,7 +161,7 @@ def test_another_readers_needs_count_until_it_dies(tmp_path, records):
     settle(cache)
     assert held(tmp_path) == {wanted[0].key, wanted[2].key}
     # As after kill -9: the lock is gone, the file with its needs is still there.
-    other._alive.close()
+    other._end.peek()[2][2].close()
     cache.ahead([wanted[3]], {wanted[2].key: 5, wanted[3].key: 10})
     settle(cache)
     assert held(tmp_path) == {wanted[2].key, wanted[3].key}

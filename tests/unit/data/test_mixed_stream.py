@@ -16,7 +16,7 @@ from gristmill.data.storage import Storage
 from gristmill.data.stream import TokenStream
 
 from .datasets import make_dataset
-from .test_chunk_cache import Faulty
+from .test_chunk_cache import Faulty, settle
 
 SEQ_LEN = 7
 WEIGHTS = (5, 3, 1)
@@ -158,16 +158,14 @@ def test_chunks_are_fetched_before_they_are_needed(sources, tmp_path):
     def watched(wanted, *, urgent):
         if urgent and threading.current_thread() is threading.main_thread():
             waited.append(wanted)
-        fetch(wanted, urgent=urgent)
+        return fetch(wanted, urgent=urgent)
 
     stream.batch(0, 8)
-    for future in list(cache._coming.values()):
-        future.result()
+    settle(cache)
     cache._fetch = watched
     for start in range(8, 800, 8):
         stream.batch(start, 8)
-        for future in list(cache._coming.values()):
-            future.result()
+        settle(cache)
     assert not waited
     # Every chunk was fetched once: the cache holds them all.
     assert cache.downloads == sum(1 for c in store.chunks if c.tokens > SEQ_LEN)
