@@ -212,3 +212,36 @@ def test_data_that_is_not_the_runs_is_refused(corpora, tmp_path, capsys):
     (out / "run.yaml").write_text(record.replace("weight: 0.6", "weight: 0.5"))
     assert main(["data", "inspect", "--run", str(out), "--step", "1"]) == 2
     assert "is not what the run in" in capsys.readouterr().err
+
+
+def test_runs_on_raw_text_and_on_modules_of_ones_own(
+    corpora, trained, inspected, tmp_path, monkeypatch
+):
+    raw = ("--data", "Jsonl", "--data.train_data_path", str(corpora / "web-text"))
+    raw += ("--data.cache_dir", str(tmp_path / "cache"), "--data.seed", "5")
+    tokenizer = ("--tokenizer_dir", str(corpora / "tokenizer"))
+    source = f"""
+from dataclasses import dataclass
+from gristmill.config.data import DataModule
+from gristmill.data.corpus import LaterWeights, Part
+from gristmill.data.modules import Datasets
+
+@dataclass
+class Own(DataModule):
+    share: float
+
+    def datasets(self, tokenizer_dir):
+        parts = (Part({str(corpora / "web")!r}, self.share), Part({str(corpora / "books")!r}))
+        return Datasets(parts, None, 9, (LaterWeights(400, (0.0, 1.0)),))
+"""
+    (tmp_path / "own_data.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = ("--data", "own_data:Own", "--data.share", "0.25")
+    for name, data in (("raw", raw), ("own", own)):
+        trained.clear()
+        assert pretrain(tmp_path / name, *data, *tokenizer, steps=4) == 0
+        for step in range(1, 5):
+            page = inspected("--run", tmp_path / name, "--step", step)
+            assert trained[step] == [digest_of(page)]
+    assert "seed 9 " in page
+    assert sources_of(page) == ["books"] * 4
