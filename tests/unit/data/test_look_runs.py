@@ -8,7 +8,9 @@ import pytest
 import xxhash
 
 from gristmill.cli import main
+from gristmill.data.chunk_cache import ChunkCache
 from gristmill.data.dataset import Dataset
+from gristmill.data.look import find
 
 from .conftest import make_text, save_tokenizer
 from .test_look_inspect import all_documents
@@ -124,8 +126,17 @@ def test_a_mixture_with_a_stage_over_a_resume(corpora, trained, inspected, tmp_p
     assert [trained[step] for step in range(13, 17)] == [[digest_of(p)] for p in pages[12:]]
 
 
-def test_a_mixture_from_an_object_store(corpora, trained, inspected, tmp_path):
+def test_a_mixture_from_an_object_store(corpora, trained, inspected, tmp_path, monkeypatch):
     import fsspec
+
+    caches = []
+
+    class Seen(ChunkCache):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            caches.append(self)
+
+    monkeypatch.setattr(find, "ChunkCache", Seen)
 
     store = fsspec.filesystem("memory")
     for path in (corpora / "web").rglob("*"):
@@ -139,6 +150,9 @@ def test_a_mixture_from_an_object_store(corpora, trained, inspected, tmp_path):
         page = inspected("--run", out, "--step", step)
         assert trained[step] == [digest_of(page)]
         assert "web: memory://look/web\n" in page
+        # Only what is looked at comes here.
+        shown = set(re.findall(r" · web · (chunk-\S+),", page))
+        assert caches[-1].downloads == len(shown) < len(Dataset.open(corpora / "web").chunks)
 
 
 @pytest.fixture

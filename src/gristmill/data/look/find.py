@@ -17,7 +17,6 @@ from gristmill.util.errors import UserError
 # OUT/<set>/<split>, and a folder above them.
 _DEEPEST = 3
 
-
 # Chunks of an object store that lie on this machine while they are looked at.
 _CACHE_BYTES = 4 << 30
 
@@ -35,7 +34,8 @@ def opening() -> Iterator[Open]:
                 return Dataset.open(path)
             if not caches:
                 folder = until.enter_context(tempfile.TemporaryDirectory(prefix="gristmill-"))
-                caches.append(ChunkCache(Path(folder), _CACHE_BYTES))
+                # One batch is looked at: nothing that comes after it is fetched.
+                caches.append(ChunkCache(Path(folder), _CACHE_BYTES, ahead_bytes=1))
                 until.callback(caches[0].close)
             return Dataset.open(path, cache=caches[0])
 
