@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 
 from gristmill.data.manifest import Manifest, Source
+from gristmill.data.summary import count
 
 NAME = "README.md"
 
@@ -101,7 +102,7 @@ def _options(source: Source) -> list[tuple[str, str]]:
 
 def _inputs(source: Source) -> str:
     size = sum(size for _, size in source.inputs)
-    lines = [f"{len(source.inputs):,} files, {size:,} bytes.", ""]
+    lines = [f"{count(len(source.inputs), 'file')}, {size:,} bytes.", ""]
     lines += [f"- `{path}` ({size:,} bytes)" for path, size in source.inputs[:_LISTED]]
     if len(source.inputs) > _LISTED:
         lines.append(f"- … and {len(source.inputs) - _LISTED:,} more, listed in `manifest.json`")
@@ -109,11 +110,13 @@ def _inputs(source: Source) -> str:
 
 
 def _left_out(source: Source) -> str:
-    lines = [f"- {number:,} documents: {reason}" for reason, number in source.rejects.items()]
+    lines = [
+        f"- {count(number, 'document')}: {reason}" for reason, number in source.rejects.items()
+    ]
     if source.empty_documents:
-        lines.append(f"- {source.empty_documents:,} documents without text")
+        lines.append(f"- {count(source.empty_documents, 'document')} without text")
     if source.filtered:
-        lines.append(f"- {source.filtered:,} documents by filters")
+        lines.append(f"- {count(source.filtered, 'document')} by filters")
     lines += [f"- `{path}`: {reason}" for path, reason in source.quarantined[:_LISTED]]
     if len(source.quarantined) > _LISTED:
         lines.append(f"- … and {len(source.quarantined) - _LISTED:,} more damaged inputs")

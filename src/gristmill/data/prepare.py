@@ -129,24 +129,29 @@ def _begin(plan: Plan, job: Job, space: Workspace) -> None:
     sample = sample_texts(plan.recipe, job.root, job.inputs)
     engine = choose_engine(job.tokenizer, job.engine, sample)
     if engine.note:
-        print(f"encoding with {engine.name} {engine.version}: {engine.note}", file=sys.stderr)
+        _note(f"encoding with {engine.name} {engine.version}: {engine.note}")
     if cut := sources.cut_short(plan.recipe.format, job.root, plan.inputs):
-        print(
+        _note(
             f"cut short, without a parquet footer: {len(cut):,} of "
             f"{summary.count(len(plan.inputs), 'input')} (first {cut[0]}). "
-            "what is whole is prepared; fetch the others again.",
-            file=sys.stderr,
+            "what is whole is prepared; fetch the others again."
         )
     begun = space.stored()
     is_shared = isinstance(job.executor, Array)
     # In an array the first rank's choice counts; one that lacks its engine says so.
     if begun and begun["job"] == plan.job and (is_shared or _same(space.engine(), engine)):
         done = len(space.committed())
-        print(f"going on: {done} of {len(plan.units)} parts are done", file=sys.stderr)
+        _note(f"going on: {done} of {len(plan.units)} parts are done")
         return
     if begun and not is_shared:  # what other ranks have begun must stay
         space.wipe()
     space.start(plan, engine, job.tokenizer)
+
+
+def _note(text: str) -> None:
+    """Say something on the way. Nobody may be reading it any more; the work goes on."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, file=sys.stderr)
 
 
 def _same(one: EngineChoice, other: EngineChoice) -> bool:
