@@ -91,10 +91,12 @@ class Unreadable(Exception):
 class DataError(RunError):
     """A file that is damaged, has changed or cannot be read: its unit fails, others go on."""
 
-    def __init__(self, message: str, path: str = "") -> None:
+    def __init__(self, message: str, path: str = "", cause: str = "") -> None:
         super().__init__(message)
         self.path = path
         """The input's normalised path."""
+        self.cause = cause
+        """What is wrong with it, without where it lies: the same on every machine."""
 
 
 Document = str | LongText | Reject | Filtered

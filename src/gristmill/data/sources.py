@@ -103,6 +103,7 @@ def _compare(root: Storage, item: Input) -> None:
             f"{root.at(item.place)} has changed while it was being prepared. "
             "run the same command again when nothing writes to it.",
             item.path,
+            "changed meanwhile",
         )
 
 

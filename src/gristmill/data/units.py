@@ -87,6 +87,7 @@ class Quarantined:
     path: str
     reason: str
     text_bytes: int
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,12 @@ def run_unit(
         run = _Run(plan, unit, root, engine, folder, report, on_error, left_out)
         try:
             return run.write()
-        except DataError:
+        except DataError as error:
             if on_error != "quarantine":
                 raise
             span = plan.units[unit][run.at]
             item = plan.inputs[span.input]
-            left_out[run.at] = Quarantined(item.path, DAMAGED, plan.span_bytes(span))
+            left_out[run.at] = Quarantined(item.path, DAMAGED, plan.span_bytes(span), error.cause)
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -458,7 +459,7 @@ class _Run:
         )
         for number, lost in sorted(self.left_out.items()):
             at = max(self.spans[number].start, 0)
-            self.rejects.append(Reject(lost.path, at, DAMAGED, "quarantined"))
+            self.rejects.append(Reject(lost.path, at, DAMAGED, lost.detail))
         lines = [json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in self.rejects]
         (self.folder / REJECTS).write_text(
             "".join(lines), encoding="utf-8", errors="backslashreplace"

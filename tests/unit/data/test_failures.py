@@ -147,7 +147,11 @@ def test_damaged_parquet(damage, run_prepare, tmp_path, capsys):
         max_reject_fraction=refused.value.fix["--max_reject_fraction"],
     )
     assert Dataset.open(out).num_documents == 200
-    assert [record["path"] for record in listed(out)] == ["1.parquet"]
+    (record,) = listed(out)
+    assert (record["path"], record["reason"]) == ("1.parquet", "damaged or unreadable file")
+    assert ("footer" in record["detail"]) == (damage != "one page")
+    assert str(tmp_path) not in record["detail"]
+    assert record["detail"]
     assert "left out, damaged: 1 input (first 1.parquet:" in capsys.readouterr().out
 
 

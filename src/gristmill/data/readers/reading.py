@@ -103,17 +103,20 @@ class Reading:
             yield
         except (EOFError, zlib.error, compressed.Damaged, Damaged) as error:
             raise DataError(
-                f"{where} is damaged or incomplete ({error}). {broken}", self.item.path
+                f"{where} is damaged or incomplete ({error}). {broken}", self.item.path, str(error)
             ) from error
         except OSError as error:
             if type(error) is OSError and error.errno is None:  # Arrow's own
                 raise DataError(
-                    f"{where} is damaged or incomplete ({error}). {broken}", self.item.path
+                    f"{where} is damaged or incomplete ({error}). {broken}",
+                    self.item.path,
+                    str(error),
                 ) from error
             raise DataError(
                 f"cannot read {where} ({error.strerror or error}). "
                 "run the same command again when it is there.",
                 self.item.path,
+                error.strerror or type(error).__name__,
             ) from error
 
     @cached_property
