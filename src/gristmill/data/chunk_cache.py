@@ -106,20 +106,18 @@ class ChunkCache:
         """Fetch these chunks, the first ones first, as far as there is room without one that is
         needed sooner. `next_use` tells for keys in how many samples this reader needs them."""
         self._uses = dict(next_use)
-        now, room = time.monotonic(), self._share * self.max_bytes
-        missing = []
+        now, missing = time.monotonic(), []
+        if now - self._told_at > _TELL_S:
+            self._tell()
+        room = self._share * self.max_bytes
         for wanted in coming:
             room -= wanted.record.bytes
             if room < 0:
                 break
             if now - self._seen.get(wanted.key, 0) > _SEEN_S:
                 missing.append(wanted)
-        # What comes must not look to others as if nobody needed it.
-        if now - self._told_at > _TELL_S or any(w.key not in self._told_keys for w in missing):
-            self._tell()
-            views = [told["ahead"] for told in self._told()]
-            # All that all readers fetch ahead fits at once, or they would take it from each other.
-            self._share = self.ahead_bytes / max(1, sum(views))
+        if any(wanted.key not in self._told_keys for wanted in missing):
+            self._tell()  # what comes must not look to others as if nobody needed it
         if missing:
             self._todo.put(missing, weakref.ref(self))
 
@@ -133,11 +131,6 @@ class ChunkCache:
                     yield path
                     return
             self._fetch(wanted, urgent=True)
-
-    def discard(self, wanted: Wanted) -> None:
-        """Take a chunk out of the folder, because what lies there is damaged."""
-        with self._locked():
-            self._remove([wanted.key])
 
     def fetch_early(self, wanted: Wanted) -> bool:
         """Fetch a chunk if there is room for it; whether there was."""
@@ -211,12 +204,13 @@ class ChunkCache:
         return True
 
     def _trim(self) -> None:
-        """Remove what an earlier reader with a larger limit left here."""
+        """Remove what earlier readers left here: half fetched, or over the limit."""
         sizes, told = self._held(), self._told()
         excess = sum(sizes.values()) - max(reader["limit"] for reader in told)
         uses, leaving = _soonest(told), []
         for name in sorted(sizes, key=lambda n: -_when(n, uses)):
-            if excess > 0 and not _is_locked(self._chunks / name):
+            half = name.endswith(".part")
+            if (half or excess > 0) and not (half and _is_locked(self._chunks / name)):
                 leaving.append(name)
                 excess -= sizes[name]
         self._remove(leaving)
@@ -235,13 +229,17 @@ class ChunkCache:
             self._seen.pop(name, None)
 
     def _tell(self) -> None:
-        """Write down what this reader needs, for the others."""
+        """Write down what this reader needs, for the others, and see how many they are."""
         self._told_at, self._told_keys = time.monotonic(), self._uses
         about = {"limit": self.max_bytes, "ahead": self.ahead_bytes, "uses": self._uses}
         _write(self._readers / f"{self._name}.json", json.dumps(about))
+        views = [told["ahead"] for told in self._told(forget=False)]
+        # All that all readers fetch ahead fits at once, or they would take it from each other.
+        self._share = self.ahead_bytes / max(1, sum(views))
 
-    def _told(self) -> list[dict[str, Any]]:
-        """What each living reader needs, this one first; also forgets those that died."""
+    def _told(self, *, forget: bool = True) -> list[dict[str, Any]]:
+        """What each living reader needs, this one first. Those that died are forgotten, which is
+        for who holds the lock: a reader that begins does not hold its own yet."""
         found = [{"limit": self.max_bytes, "ahead": self.ahead_bytes, "uses": self._uses}]
         for lock in self._readers.glob("*.lock"):
             if lock.stem == self._name:
@@ -250,7 +248,7 @@ class ChunkCache:
                 found.append(
                     {"limit": 0, "ahead": 0, "uses": {}} | _read(lock.with_suffix(".json"))
                 )
-            else:
+            elif forget:
                 _forget(lock.with_suffix(""))
         return found
 
@@ -295,6 +293,16 @@ class ChunkCache:
         with (self.folder / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the chunks in a cache's folder, which need not exist."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder / "chunks") as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):  # another reader made room
+                total += entry.stat().st_size
+    return total
 
 
 def _copied(source: BinaryIO, part: IO[bytes], record: ChunkRecord) -> str:

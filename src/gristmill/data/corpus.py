@@ -12,13 +12,13 @@ from fractions import Fraction
 from pathlib import Path, PurePath
 from typing import Any
 
-from gristmill.data.chunk_cache import ChunkCache
-from gristmill.data.chunk_table import ChunkTable
+import numpy as np
+
+from gristmill.data.chunk_cache import ChunkCache, bytes_in
 from gristmill.data.dataset import Dataset
-from gristmill.data.manifest import read
 from gristmill.data.mixture import MAX_WEIGHT, Mixture, Stage
 from gristmill.data.order import WINDOW_CHUNKS
-from gristmill.data.storage import Storage, is_url
+from gristmill.data.storage import is_url
 from gristmill.data.stream import TokenStream
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_cache_dir
@@ -80,9 +80,12 @@ class Corpus:
         takes little of the cache."""
         for weights in ([part.weight for part in parts], *(stage.weights for stage in later)):
             _check_weights(weights)
-        remote = [str(part.path) for part in parts if is_url(part.path)]
-        cache = open_cache(remote, limit, in_order=in_order) if remote else None
-        return cls(parts, [Dataset.open(part.path, cache=cache) for part in parts], later)
+        datasets = [Dataset.open(part.path) for part in parts]
+        if remote := [dataset for dataset in datasets if is_url(dataset.path)]:
+            cache = open_cache(remote, limit, in_order=in_order)
+            for dataset in remote:
+                dataset.cache = cache
+        return cls(parts, datasets, later)
 
     @property
     def dataset_id(self) -> str:
@@ -230,13 +233,22 @@ def name_of(path: str | Path) -> str:
     return parts[-1] if parts else str(path)
 
 
-def open_cache(urls: Sequence[str], limit: CacheLimit, *, in_order: bool = False) -> ChunkCache:
+def open_cache(
+    datasets: Sequence[Dataset], limit: CacheLimit, *, in_order: bool = False
+) -> ChunkCache:
     """The cache for chunks of these datasets. Raises UserError when it is too small for them."""
     folder = Path(limit.folder).expanduser() if limit.folder else user_cache_dir() / "chunks"
-    folder.mkdir(parents=True, exist_ok=True)
-    needed = sum(_largest(url, _IN_ORDER_CHUNKS if in_order else WINDOW_CHUNKS) for url in urls)
-    held = sum(p.stat().st_size for p in (folder / "chunks").glob("*"))
-    room = int(0.8 * (shutil.disk_usage(folder).free + held))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"chunks of an object store cannot be kept in {folder} ({error.strerror}). name a "
+            "folder on a local disk.",
+            fix={"--data.cache_dir": "FOLDER"},
+        ) from error
+    chunks = _IN_ORDER_CHUNKS if in_order else WINDOW_CHUNKS
+    needed = sum(int(np.sort(dataset.chunks.sizes)[-chunks:].sum()) for dataset in datasets)
+    room = int(0.8 * (shutil.disk_usage(folder).free + bytes_in(folder)))
     if isinstance(limit.gigabytes, str):
         size = min(2 * needed, room)
     else:
@@ -254,15 +266,3 @@ def open_cache(urls: Sequence[str], limit: CacheLimit, *, in_order: bool = False
             fix={"--data.cache_gb": math.ceil(needed / 1e7) / 100},
         )
     return ChunkCache(folder, size)
-
-
-def _largest(url: str, chunks: int) -> int:
-    """Bytes of the largest chunks of a dataset, so many of them."""
-    storage = Storage(url)
-    try:
-        contents = read(storage)
-    except UserError:
-        return 0  # opening it says what is wrong
-    sizes = ChunkTable.read(storage, contents.chunk_table, contents.totals.chunks).sizes
-    sizes.sort()
-    return int(sizes[-chunks:].sum())

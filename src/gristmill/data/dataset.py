@@ -27,6 +27,7 @@ _MAX_MAPPED = 256
 # Files of a dataset with more chunks are looked at when they are read, not when it is opened.
 _MAX_CHECKED = 4096
 _SCANNED_BYTES = 1 << 30
+_TRIES = 3
 
 
 class Dataset:
@@ -63,9 +64,9 @@ class Dataset:
     ) -> Dataset:
         """The dataset in the directory `path`; with `check`, its files are looked for.
 
-        At a URL it needs a `cache` for its chunks. Raises UserError when there is none, it is
-        unfinished or empty, or litdata chunks there cannot be read as tokens; RunError when a chunk
-        is missing or has another size.
+        At a URL it needs a `cache` before chunks are read. Raises UserError when there is none, it
+        is unfinished or empty, or litdata chunks there cannot be read as tokens; RunError when a
+        chunk is missing or has another size.
         """
         if is_url(path):
             return cls._open_remote(str(path), cache)
@@ -90,7 +91,6 @@ class Dataset:
 
     @classmethod
     def _open_remote(cls, url: str, cache: ChunkCache | None) -> Dataset:
-        assert cache is not None, "chunks of an object store need a cache"
         storage = Storage(url)
         if not storage.exists(manifest.NAME):
             raise UserError(
@@ -98,7 +98,7 @@ class Dataset:
                 f"look at what is there: gristmill prepare status {url}"
             )
         contents = manifest.read(storage)
-        table = ChunkTable.read(storage, contents.chunk_table, contents.totals.chunks)
+        table = _fetched_table(storage, contents)
         _check_element_type(storage.at(manifest.NAME), contents, table)
         if contents.totals.tokens == 0:
             raise UserError(f"{url} holds no tokens. prepare other text.")
@@ -151,7 +151,13 @@ class Dataset:
         record = self.chunks[chunk]
         if self.cache is None:
             return map_chunk(self.storage.path / record.name, record, self.dtype)
-        with self.cache.open(self.wanted(chunk)) as path:
+        wanted = Wanted(self.storage, record)
+        with self.cache.open(wanted) as path:
+            try:
+                return map_chunk(path, record, self.dtype)
+            except RunError:
+                path.unlink()  # damaged on this disk: the store has it whole
+        with self.cache.open(wanted) as path:
             return map_chunk(path, record, self.dtype)
 
     def _check(self, number: int) -> None:
@@ -178,6 +184,23 @@ class Dataset:
                 )
             largest = max(largest, int(scanned.max()))
         return largest
+
+
+def _fetched_table(storage: Storage, contents: Manifest) -> ChunkTable:
+    """The chunk table of a dataset at a URL, asked for again when it does not come as it is."""
+    for attempt in range(_TRIES):
+        try:
+            table = ChunkTable.read(storage, contents.chunk_table, contents.totals.chunks)
+        except RunError:
+            if attempt == _TRIES - 1:
+                raise
+            continue
+        if table.digest == contents.chunk_table:
+            return table
+    raise RunError(
+        f"the table of chunks at {storage.root} is not the one that its manifest names. copy both "
+        "again, or prepare the dataset again."
+    )
 
 
 def _check_element_type(where: Path | str, contents: Manifest, table: ChunkTable) -> None:

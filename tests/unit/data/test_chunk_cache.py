@@ -1,9 +1,13 @@
 """Chunks come once, whole and in time, whatever the store does; the folder keeps its limit."""
 
 import contextlib
+import errno
+import gc
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -209,6 +213,113 @@ def test_the_limit_is_kept_while_many_readers_read(tmp_path, records):
     for reader in finished:
         reader.result()
     assert 0 < largest[0] <= limit
+
+
+def test_of_two_limits_the_larger_holds_while_its_reader_lives(tmp_path, records):
+    store = Storage(tmp_path / "store")
+    wanted = [Wanted(store, r) for r in records]
+    large, small = cache_of(tmp_path, 4, records), cache_of(tmp_path, 1, records)
+    for w in wanted[:3]:
+        first_token(large, w)
+    first_token(small, wanted[3])
+    assert held(tmp_path) == {w.key for w in wanted[:4]}
+    large.close()
+    first_token(small, wanted[4])
+    assert held(tmp_path) == {wanted[4].key}
+    small.close()
+
+
+def test_what_an_earlier_reader_left_over_the_limit_goes(tmp_path, records):
+    store = Storage(tmp_path / "store")
+    earlier = cache_of(tmp_path, 8, records)
+    for r in records:
+        first_token(earlier, Wanted(store, r))
+    earlier.close()
+    assert len(held(tmp_path)) == 8
+    cache_of(tmp_path, 3, records).close()
+    assert len(held(tmp_path)) == 3
+
+
+def test_readers_fetch_no_more_ahead_than_fits_for_all(tmp_path, records):
+    store = Storage(tmp_path / "store")
+    wanted = [Wanted(store, r) for r in records]
+    first, second = cache_of(tmp_path, 4, records), cache_of(tmp_path, 4, records)
+    uses = [{w.key: n for n, w in enumerate(part)} for part in (wanted[:4], wanted[4:])]
+    for _ in range(3):
+        first.ahead(wanted[:4], uses[0])
+        second.ahead(wanted[4:], uses[1])
+        settle(first)
+        settle(second)
+    assert held(tmp_path) == {w.key for w in (wanted[0], wanted[1], wanted[4], wanted[5])}
+    assert first.downloads == second.downloads == 2
+    first.close()
+    second.close()
+
+
+def test_a_chunk_larger_than_the_cache_is_no_endless_wait(tmp_path, records):
+    cache = ChunkCache(tmp_path / "cache", records[0].bytes - 1)
+    with pytest.raises(RunError, match="cache_gb"):
+        first_token(cache, Wanted(Storage(tmp_path / "store"), records[0]))
+    cache.close()
+
+
+def test_a_full_disk_is_told_at_once(tmp_path, records, monkeypatch):
+    store = Faulty(tmp_path / "store")
+    cache = cache_of(tmp_path, 8, records)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(chunk_cache, "_copied", full)
+    with pytest.raises(RunError, match="is full"):
+        first_token(cache, Wanted(store, records[0]))
+    assert len(store.opened) == 1
+    cache.close()
+
+
+def test_a_cache_that_nobody_has_any_more_ends_its_threads(tmp_path, records):
+    cache = cache_of(tmp_path, 8, records)
+    wanted = [Wanted(Storage(tmp_path / "store"), r) for r in records]
+    cache.ahead(wanted, {w.key: n for n, w in enumerate(wanted)})
+    settle(cache)
+    threads = list(cache._todo._threads)
+    assert len(threads) == 8
+    assert len(list((tmp_path / "cache" / "readers").iterdir())) == 2
+    del cache
+    gc.collect()
+    assert not any(thread.is_alive() for thread in threads)
+    assert not list((tmp_path / "cache" / "readers").iterdir())
+
+
+_DEAD_STORE = """
+import sys, threading, time
+from gristmill.data.chunk_cache import ChunkCache, Wanted
+from gristmill.data.chunks import ChunkRecord
+from gristmill.data.storage import Storage
+from pathlib import Path
+
+class Dead(Storage):
+    def open(self, name):
+        print("asked", flush=True)
+        threading.Event().wait()
+
+cache = ChunkCache(Path(sys.argv[1]), 10**6)
+coming = [Wanted(Dead("nowhere"), ChunkRecord(f"c{n}", 1, 1, 100, f"{n:032x}")) for n in range(30)]
+cache.ahead(coming, {w.key: 0 for w in coming})
+time.sleep(0.2)
+"""
+
+
+def test_a_process_that_ends_waits_for_no_store(tmp_path):
+    command = [sys.executable, "-c", _DEAD_STORE, str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    assert done.stdout.count("asked") == 8
+    assert not done.stderr
+    assert not list((tmp_path / "cache" / "readers").iterdir())
+    # What it had in hand is in nobody's way.
+    again = ChunkCache(tmp_path / "cache", 10**6)
+    assert not list((tmp_path / "cache" / "chunks").iterdir())
+    again.close()
 
 
 def _read_all(store, folder, size, records, log, barrier):

@@ -172,6 +172,18 @@ def test_chunks_are_fetched_before_they_are_needed(sources, tmp_path):
     cache.close()
 
 
+def test_a_chunk_damaged_on_this_disk_is_fetched_again(sources, tmp_path):
+    cache = ChunkCache(tmp_path, 10**6)
+    (store,) = remote(sources[1:2], cache)
+    whole = store.map(2).tokens.tolist()
+    store._mapped.clear()
+    path = tmp_path / "chunks" / store.chunks[2].xxh3
+    path.write_bytes(path.read_bytes()[:-2])
+    assert store.map(2).tokens.tolist() == whole
+    assert cache.downloads == 2
+    cache.close()
+
+
 def test_a_dataset_at_a_url_opens_like_a_folder(sources, tmp_path):
     import fsspec
 
