@@ -449,30 +449,45 @@ def sample_texts(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> list
     """
     chosen = _spread(inputs)
     rejects: list[Reject] = []
+    filtered: list[Filtered] = []
     sample: list[str] = []
     for number, item in enumerate(chosen):
-        sample += _sampled(recipe, root, number, item, _SAMPLE_BYTES // len(chosen), rejects)
+        budget = _SAMPLE_BYTES // len(chosen)
+        sample += _sampled(recipe, root, number, item, budget, rejects, filtered)
     if sample:
         return sample
     rejects.clear()
     for number, item in enumerate(inputs):
-        if sample := _sampled(recipe, root, number, item, _SAMPLE_BYTES, rejects):
+        if sample := _sampled(recipe, root, number, item, _SAMPLE_BYTES, rejects, filtered):
             return sample
         if len(rejects) >= _MAX_REJECTS:
             break
     else:
         _raise_damage(recipe, root, inputs)
     where = root.at(inputs[0].place) if len(inputs) == 1 else root.root
+    if filtered:
+        raise UserError(
+            f"the filters leave nothing of {where} ({json.dumps(recipe.filters)}). "
+            "check their fields and values (--filter)."
+        )
     raise UserError(sources.nothing_read(where, len(inputs), rejects))
 
 
 def _sampled(
-    recipe: Recipe, root: Storage, number: int, item: Input, budget: int, rejects: list[Reject]
+    recipe: Recipe,
+    root: Storage,
+    number: int,
+    item: Input,
+    budget: int,
+    rejects: list[Reject],
+    filtered: list[Filtered],
 ) -> list[str]:
     texts = []
     for document in limited(documents(recipe, root, number, item), budget):
         if isinstance(document, Reject):
             rejects.append(document)
+        elif isinstance(document, Filtered):
+            filtered[:] = [document]  # that there is one is enough
         elif isinstance(document, str) and document and not document.isspace():
             texts.append(document)
     return texts

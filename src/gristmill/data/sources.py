@@ -172,4 +172,6 @@ def nothing_read(path: str | Path | Storage, num_inputs: int, rejects: Sequence[
     advice = "name text that is UTF-8, or narrow the pattern (--pattern)."
     if first.reason.startswith(("no field", "field")):
         advice = "name the field that holds the text (--text_field)."
+    elif first.reason in ("bad JSON", "not an object"):
+        advice = "choose the layout that fits (gristmill prepare list), or narrow the --pattern."
     return f"nothing in {place} could be read ({first.path}: {first.reason}{detail}). {advice}"

@@ -15,6 +15,7 @@ from gristmill.data import layouts, sources
 from gristmill.data.documents import Format, Input, Reject
 from gristmill.data.readers.compressed import is_compressed
 from gristmill.data.select import Selection
+from gristmill.data.summary import count
 from gristmill.tokenizer.train import Trained, already_there, special_tokens, train_bpe
 from gristmill.util.errors import UserError
 
@@ -88,11 +89,11 @@ def _is_packed(place: str) -> bool:
 
 def _report(cfg: TokenizerTrain, text: _Text, trained: Trained, seconds: float) -> None:
     out_dir, vocab = cfg.out_dir, f"{trained.vocab_size:,}"
-    lines = [f"Read {trained.num_bytes:,} bytes of text from {len(text.inputs):,} files."]
+    lines = [f"Read {trained.num_bytes:,} bytes of text from {count(len(text.inputs), 'file')}."]
     if text.rejects:
         reasons = Counter(reject.reason for reject in text.rejects).most_common()
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons)
-        lines.append(f"Left out {len(text.rejects):,} documents: {counts}.")
+        counts = ", ".join(f"{number:,} {reason}" for reason, number in reasons)
+        lines.append(f"Left out {count(len(text.rejects), 'document')}: {counts}.")
     if not trained.is_new:
         lines.append(f"Already done: {out_dir} holds this tokenizer ({vocab} tokens).")
     else:

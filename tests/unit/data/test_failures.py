@@ -302,6 +302,7 @@ def test_a_wrong_element_type_is_refused_at_open(field, value, run_prepare, reco
         ("jsonl", {"a.jsonl": b""}, "holds no text"),
         ("jsonl", {"a.jsonl": b'{"text": ""}'}, "holds no text"),
         ("jsonl", {"a.jsonl": b'{"body": "x"}'}, r"no field 'text'; fields: body\).*--text_field"),
+        ("jsonl", {"a.jsonl": b"Call me Ishmael."}, r"bad JSON; .*choose the layout that fits"),
         ("parquet", {"a.parquet": b""}, r"a\.parquet is damaged or incomplete .* 0 bytes"),
     ],
 )
@@ -312,6 +313,13 @@ def test_nothing_to_prepare(layout, files, message, run_prepare, tmp_path):
         (folder / name).write_bytes(data)
     with pytest.raises((UserError, RunError), match=message):
         run_prepare(layout, folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_filters_that_leave_nothing(run_prepare, records, tmp_path):
+    records.write_bytes(b"{\n" + records.read_bytes())
+    with pytest.raises(UserError, match=r'nothing of .*all\.jsonl \(\{"lang": "en"\}\).*--filter'):
+        run_prepare("jsonl", records, tmp_path / "out", filter={"lang": "en"})
     assert not (tmp_path / "out").exists()
 
 

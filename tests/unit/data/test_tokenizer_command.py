@@ -31,7 +31,7 @@ def test_report(corpus, capsys):
     told = capsys.readouterr().out
     num_bytes = 3 * len(LINES) + 6
     assert f"Read {num_bytes:,} bytes of text from 4 files." in told
-    assert "Left out 1 documents: 1 not UTF-8." in told
+    assert "Left out 1 document: 1 not UTF-8." in told
     assert "Trained 400 tokens" in told
     assert "bytes per token" in told
     assert f"Next: gristmill prepare textfiles --input_dir {corpus}" in told
