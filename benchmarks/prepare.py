@@ -39,6 +39,7 @@ import zstandard
 from _common import environment, high_water, print_table, run_child, spread, versions
 
 from gristmill.data.manifest import read
+from gristmill.tokenizer.engines import single_thread_env
 
 IN_PROCESS = Path(__file__).resolve().parent / "in_process"
 SHARD_BYTES = 25_000_000
@@ -198,7 +199,7 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 
 def bare(args: argparse.Namespace, engine: str, folder: Path) -> Figure:
     """An engine alone: processes with the text in memory, begun together, timed by themselves."""
-    one_thread = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    one_thread = single_thread_env()
     tokenizer = f"{args.tokenizer_dir}/tokenizer.json"
     script = [sys.executable, str(IN_PROCESS / "bare_engine.py"), engine, tokenizer, str(folder)]
     processes = [

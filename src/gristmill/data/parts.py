@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Documents are shuffled among this many tokens.
 _BLOCK_TOKENS = 2**25
+# Documents that are longer on average are framed one by one.
+_LONG_TOKENS = 300
 _DOCUMENTS = 3  # what the shuffle's key is for; see order.py
 
 
@@ -126,13 +128,15 @@ class Side:
     def _write_block(self) -> None:
         if not self._num_gathered:
             return
-        tokens = np.concatenate(self._gathered)
-        lengths = np.concatenate(self._gathered_lengths)
+        gathered, lengths = self._gathered, np.concatenate(self._gathered_lengths)
+        # Where each document is: in which of the arrays, from where to where.
+        counts = [len(each) for each in self._gathered_lengths]
+        arrays = np.repeat(np.arange(len(gathered)), counts)
+        ends = np.concatenate([np.cumsum(each) for each in self._gathered_lengths])
         self._gathered, self._gathered_lengths, self._num_gathered = [], [], 0
-        ends = np.cumsum(lengths)
         shuffled = order.perm(order.key(self.seed, _DOCUMENTS, *self.key, self._blocks), len(ends))
         self._blocks += 1
-        lengths, ends = lengths[shuffled], ends[shuffled]
+        lengths, ends, arrays = lengths[shuffled], ends[shuffled], arrays[shuffled]
         starts = ends - lengths
         filled = np.cumsum(lengths)
         first, num = 0, len(lengths)
@@ -146,8 +150,9 @@ class Side:
                     self._close()
                     continue
                 last = first + 1  # longer than a chunk
-            spans = zip(starts[first:last].tolist(), ends[first:last].tolist(), strict=True)
-            self._put(np.concatenate([tokens[a:b] for a, b in spans]), lengths[first:last])
+            these = slice(first, last)
+            spans = zip(arrays[these].tolist(), starts[these].tolist(), ends[these].tolist())
+            self._put(np.concatenate([gathered[n][a:b] for n, a, b in spans]), lengths[these])
             first = last
 
     def _put(self, tokens: Tokens, lengths: Int64s) -> None:
@@ -174,20 +179,31 @@ class Side:
 
 
 def framed(
-    ids: Tokens, lengths: Int64s, bos_id: int | None, eos_id: int | None
+    ids: Tokens, lengths: Int64s, bos_id: int | None, eos_id: int | None, dtype: str
 ) -> tuple[Tokens, Int64s]:
-    """Each document with BOS and EOS around it; one without tokens stays without any."""
+    """Each document with BOS and EOS around it, as `dtype`; one without tokens stays empty."""
     full = lengths > 0
     before, after = bos_id is not None, eos_id is not None
     lengths_framed = lengths + full * (before + after)
     ends = np.cumsum(lengths_framed)
-    tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=ids.dtype)
-    inside = np.ones(len(tokens), dtype=bool)
+    tokens = np.empty(int(ends[-1]) if len(ends) else 0, dtype=dtype)
+    firsts, lasts = (ends - lengths_framed)[full], ends[full] - 1
     if before:
-        first = (ends - lengths_framed)[full]
-        tokens[first], inside[first] = bos_id, False
+        tokens[firsts] = bos_id
     if after:
-        last = ends[full] - 1
-        tokens[last], inside[last] = eos_id, False
-    tokens[inside] = ids
+        tokens[lasts] = eos_id
+    if len(ids) >= _LONG_TOKENS * len(lengths):
+        # One copy a document, which also changes the type.
+        start = 0
+        for first, length in zip(firsts.tolist(), lengths[full].tolist(), strict=True):
+            inside = first + before
+            tokens[inside : inside + length] = ids[start : start + length]
+            start += length
+        return tokens, lengths_framed
+    free = np.ones(len(tokens), dtype=bool)
+    if before:
+        free[firsts] = False
+    if after:
+        free[lasts] = False
+    tokens[free] = ids
     return tokens, lengths_framed

@@ -54,7 +54,8 @@ REJECTS = "rejects.jsonl"
 DAMAGED = "damaged or unreadable file"
 """The reason that quarantined files are listed with."""
 
-_BATCH_CHARS = 4 << 20
+# A batch is one call of the engine: everything made of it stays in the processor's cache.
+_BATCH_CHARS = 200_000
 _BATCH_TEXTS = 4096
 _MAX_REJECTS_LISTED = 10_000
 _TOO_LONG = "too long for this tokenizer"
@@ -308,14 +309,17 @@ class _Run:
         self.texts, self.owners, self.num_chars = [], [], 0
         if self.map is not None and texts:
             texts, owners = self._mapped(texts, owners)
-        if any(map(_may_be_too_long, texts)) or not all(texts) or any(map(str.isspace, texts)):
-            texts, owners = self._without_unfit(texts, owners)
         if not texts:
             return
+        longest = max(map(len, texts))
+        if 3 * longest > MAX_UNCUT_BYTES or not all(texts) or any(map(str.isspace, texts)):
+            texts, owners = self._without_unfit(texts, owners)
+            if not texts:
+                return
         texts, sides = self._parted(texts, owners)
         ids, offsets = self._ids(texts)
         lengths = np.diff(offsets)
-        sizes = [utf8_size(text) for text in texts]
+        sizes = list(map(utf8_size, texts))
         for number, side in enumerate(self.sides):
             if len(self.sides) == 1:
                 self._add(side, ids, lengths)
@@ -343,7 +347,7 @@ class _Run:
         for number, text in enumerate(texts):
             if not text or text.isspace():
                 self.num_empty += 1
-            elif _may_be_too_long(text) and not self.engine.cutter.fits(text):
+            elif 3 * len(text) > MAX_UNCUT_BYTES and not self.engine.cutter.fits(text):
                 self._reject_long(owners[number], text)
             else:
                 kept.append(number)
@@ -370,12 +374,12 @@ class _Run:
                 f"the tokenizer gave id {int(ids.max())}, above its largest "
                 f"({recipe.num_token_ids - 1}). its file is damaged: fetch it again."
             )
-        return ids.astype(recipe.dtype), offsets
+        return ids, offsets
 
     def _add(self, side: Side, ids: Tokens, lengths: Int64s) -> None:
         self.num_empty += int((lengths == 0).sum())
         recipe = self.plan.recipe
-        side.add(*framed(ids, lengths, recipe.bos_id, recipe.eos_id))
+        side.add(*framed(ids, lengths, recipe.bos_id, recipe.eos_id, recipe.dtype))
 
     def _encode_long(self, document: LongText) -> None:
         """A long document, in pieces; every trace of it is removed if it turns out to be bad."""
@@ -430,7 +434,7 @@ class _Run:
 
         num_tokens = 0
         for texts in _batches(self.engine.cutter.streamed(counted())):
-            ids, _ = self._ids(texts)
+            ids = self._ids(texts)[0].astype(recipe.dtype)
             if len(ids) and not num_tokens and recipe.bos_id is not None:
                 side.add_piece(np.array([recipe.bos_id], dtype=ids.dtype))
             side.add_piece(ids)
@@ -481,10 +485,6 @@ class _Watched:
             self.beginning = self.beginning or piece[:60]
             self.blank = self.blank and piece.isspace()
             yield piece
-
-
-def _may_be_too_long(text: str) -> bool:
-    return 3 * len(text) > MAX_UNCUT_BYTES
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

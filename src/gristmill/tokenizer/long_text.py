@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 # (ids uint32[N], offsets int64[n + 1]): text i is ids[offsets[i]:offsets[i + 1]].
@@ -29,10 +30,11 @@ Mark = Literal["\n", " "]
 
 @dataclass(frozen=True)
 class _Rule:
-    """A place where a text may be cut. Pieces end where the pattern does."""
+    """A place where a text may be cut: so many characters after the pattern begins."""
 
     mark: Mark
     pattern: re.Pattern[str]
+    after: int
     dropped: int = 0
     """Characters after the place that are left out: the space that the tokenizer itself puts
     before a text."""
@@ -40,11 +42,12 @@ class _Rule:
 
 # A newline between a visible character and a letter. With white space before the newline, GPT-2's
 # expression takes a run of it differently when nothing follows.
-_LINE = re.compile(r"\S\n(?=[^\W\d_])")
+_LINE = re.compile(r"\n(?<=\S\n)(?=[^\W\d_])")
 # Before a single space that begins a word.
-_WORD = re.compile(r"\S(?= [^\W\d_])")
+_WORD = re.compile(r" (?<=\S )(?=[^\W\d_])")
+# Both begin with the mark itself: such a pattern is found ten times as fast.
 # In this order: words are for texts without lines, and for tokenizers that know none.
-_RULES = (_Rule("\n", _LINE), _Rule(" ", _WORD), _Rule(" ", _WORD, dropped=1))
+_RULES = (_Rule("\n", _LINE, 1), _Rule(" ", _WORD, 0), _Rule(" ", _WORD, 0, dropped=1))
 
 # Byte-level tokenizers write the bytes that are no visible character of Latin-1 as U+0100 and on.
 _VISIBLE = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -57,6 +60,7 @@ _GLANCES: dict[Mark, Callable[[str], object]] = {
 }
 
 _BEGINNING = 1_000
+_LOOKED_AT_ONE_IN = 32
 
 _BEFORE = (
     *("a", "Z", "7", "12", "1234", ".", ";", "){", "'", "it's", "_", "\\", "$", "a b", "if x:"),
@@ -75,8 +79,8 @@ class Cutter:
 
     `encode` is the tokenizer's definition; `parts_at()` tells the marks that, by its vocabulary and
     its way of working, no token can reach over: a newline before a letter, or a space after a
-    visible character. A text is cut there only if probes too encode alike whole and cut, and if
-    the beginning of the text itself does.
+    visible character. Texts are cut there only if probes too encode alike whole and cut, and the
+    beginning of one text in 32 as well.
     """
 
     def __init__(
@@ -136,7 +140,12 @@ class Cutter:
             yield held
 
     def _rules_for(self, text: str) -> tuple[_Rule, ...]:
-        return self._rules if self._same(text[:_BEGINNING], self._rules) else ()
+        """The rules for one text, a few of which, chosen by content, are looked at themselves."""
+        beginning = text[:_BEGINNING]
+        hashed = xxhash.xxh3_64_intdigest(beginning.encode("utf-8", "replace"))
+        if hashed % _LOOKED_AT_ONE_IN and self._rules:
+            return self._rules
+        return self._rules if self._same(beginning, self._rules) else ()
 
     def _same(self, text: str, rules: Sequence[_Rule]) -> bool:
         """Whether `text` has the same ids when it is cut wherever that is allowed."""
@@ -173,7 +182,7 @@ def _next_place(text: str, at: int, window: int, rules: Sequence[_Rule]) -> tupl
         for rule in rules:
             # A place two characters before the end of the window still has its letter in it.
             for match in rule.pattern.finditer(text, max(at - 2, 0), at + window + 2):
-                end = match.end()
+                end = match.start() + rule.after
                 if end >= at and text[end + (rule.mark == " ")].isalpha():
                     return end, rule.dropped
         at += window
@@ -225,6 +234,8 @@ def encode_bounded(texts: Sequence[str], encode: EncodeBatch, cutter: Cutter) ->
     Returns (ids uint32[N], offsets int64[len(texts) + 1]). `encode` sees lists of at most about
     `MAX_CALL_BYTES`, or one text up to `MAX_TEXT_BYTES`, or a longer one that must not be cut.
     """
+    if sum(map(len, texts)) <= MAX_CALL_BYTES:
+        return encode(list(texts))
     parts: list[NDArray[np.uint32]] = []
     lengths = np.zeros(len(texts), dtype=np.int64)
     for owners, batch in _calls(texts, cutter):

@@ -1,6 +1,8 @@
 import json
 import os
 import stat
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -165,11 +167,13 @@ def test_another_version_than_planned_is_refused(trained):
 
 
 def test_a_document_in_ten_thousand_is_rechecked():
-    chosen = sum(engines._is_rechecked(f"document {i}") for i in range(100_000))
-    assert 1 <= chosen <= 40
-    assert [engines._is_rechecked(f"document {i}") for i in range(50)] == [
-        engines._is_rechecked(f"document {i}") for i in range(50)
-    ]
+    batches = [[f"document {i} {n}" for n in range(20)] for i in range(5000)]
+    chosen = [engines._rechecked(batch) for batch in batches]
+    assert 1 <= sum(map(len, chosen)) <= 40
+    assert chosen == [engines._rechecked(batch) for batch in batches]
+    picked = [engines._rechecked([f"first {i}", *["same"] * 10_000])[0] for i in range(50)]
+    assert len(set(picked)) > 10
+    assert engines._rechecked([]) == ()
 
 
 def test_a_difference_while_running_fails_the_unit_and_is_remembered(trained, monkeypatch):
@@ -177,11 +181,24 @@ def test_a_difference_while_running_fails_the_unit_and_is_remembered(trained, mo
     choice = choose_engine(trained, "auto", ["fine"])
     engine = open_engine(trained, choice)
     monkeypatch.setattr(engines, "_RECHECK_ONE_IN", 1)
-    engine.encode_batch(["fine", "also fine"])
+    engine.encode_batch(["fine"])
     with pytest.raises(RunError, match=r"'the quux' differs at token.*--engine tokenizers"):
-        engine.encode_batch(["fine", "the quux"])
+        engine.encode_batch(["the quux"])
     assert choose_engine(trained, "auto", ["fine"]).name == "tokenizers"
 
 
-def test_single_thread_env():
-    assert single_thread_env() == {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+def test_encoding_takes_one_thread(trained):
+    assert single_thread_env()["RAYON_NUM_THREADS"] == "1"
+    code = "import json, os; from gristmill.tokenizer.tokenizer import Tokenizer; "
+    code += "from gristmill.tokenizer.engines import *; import sys; "
+    code += "t = Tokenizer.load(sys.argv[1]); e = open_engine(t, choose_engine(t, 'auto', ['x'])); "
+    code += "e.encode_batch(['some words ' * 5000] * 50); print(len(os.listdir('/proc/self/task')))"
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(trained.path)],
+        env={**os.environ, **single_thread_env(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    # One for the caller, one that the library's pool keeps.
+    assert int(out.stdout) <= 2
