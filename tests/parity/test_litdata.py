@@ -31,7 +31,7 @@ print(json.dumps([data[i].tolist() for i in range(len(data))]))
 """
 
 WRITE = """
-import sys
+import inspect, sys
 import numpy as np, torch
 from litdata import optimize
 from litdata.streaming.item_loader import TokensLoader
@@ -42,9 +42,11 @@ def documents(n):
 if __name__ == "__main__":
     loader = {"item_loader": TokensLoader()} if sys.argv[2] == "tokens" else {}
     size = {"chunk_size": 500} if loader else {"chunk_bytes": "64MB"}
-    compression = None if sys.argv[3] == "None" else sys.argv[3]
+    packing = {} if sys.argv[3] == "None" else {"compression": sys.argv[3]}
+    if packing and "compression_level" in inspect.signature(optimize).parameters:
+        packing["compression_level"] = "chunk"
     optimize(fn=documents, inputs=list(range(40)), output_dir=sys.argv[1], num_workers=1, **size,
-             compression=compression, **loader)
+             **packing, **loader)
 """
 
 
