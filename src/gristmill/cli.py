@@ -115,7 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _dispatch(words)
+        code = _dispatch(words)
+        _settle()
+        return code
     except UserError as error:
         if debug:
             raise
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output left (`gristmill pretrain list | head`); not a failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _settle()
         return 0
     except Exception as error:
         if debug:
@@ -146,6 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine; run again with --debug for where it happened."
         )
         return 1
+
+
+def _settle() -> None:
+    """Leave nothing for Python to write when it ends: where the reader has left, it would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def corrected(words: Sequence[str], fix: dict[str, object]) -> str:

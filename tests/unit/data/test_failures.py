@@ -48,6 +48,8 @@ name of a file are below.
     test_the_fingerprint_names_mixture_and_sources;
     test_dataset: test_the_identity_moves_with_the_data;
     test_chunk_cache: test_a_fault_that_stays_is_told, test_what_is_needed_last_goes_first
+- A reader of what is printed that leaves: costs nothing.
+    test_faults: test_a_reader_that_leaves_costs_nothing
 - Ends of epochs, few samples: every sample once.
     test_order: test_perm_is_a_bijection_at_powers_of_two,
     test_every_sample_of_an_epoch_is_met_once;
@@ -60,8 +62,6 @@ import json
 import os
 import platform
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -464,34 +464,3 @@ def test_what_on_error_does(run_prepare, records, tmp_path, capsys):
     card = (out / "README.md").read_text()
     assert "- 1 document: bad JSON" in card
     assert "`b.json`: damaged" in card
-
-
-# Whoever reads what is printed
-
-
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_reader_that_leaves_costs_nothing(closed, records, tokenizer_dir, tmp_path):
-    """As in `gristmill prepare ... | head -1`: the work is done, whoever looks on."""
-    table = pa.table({"text": [json.loads(line)["text"] for line in records.open()]})
-    pq.write_table(table, records.parent / "a.parquet")
-    (records.parent / "cut.parquet").write_bytes(b"PAR")  # something is said on the way
-    script = "import sys; from gristmill.data import progress; progress._PLAIN_INTERVAL_S = 0.0\n"
-    script += "from gristmill.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", script, "prepare", "parquet", "--num_workers", "1"]
-    command += ["--input_dir", records.parent, "--output_dir", tmp_path / "out"]
-    command += ["--tokenizer_dir", tokenizer_dir, "--engine", "tokenizers"]
-    command += ["--on_error", "quarantine", "--max_reject_fraction", "0.1"]
-    reading, writing = os.pipe()
-    os.close(reading)
-    other = "stderr" if closed == "stdout" else "stdout"
-    done = subprocess.run(
-        [str(word) for word in command],
-        **{closed: writing, other: subprocess.PIPE},
-        text=True,
-        check=False,
-    )
-    os.close(writing)
-    told = getattr(done, other)
-    assert ("error" in told, done.returncode) == (False, 0), told
-    assert ("1 of 2 inputs" if closed == "stdout" else "300 documents") in told
-    assert Dataset.open(tmp_path / "out").num_documents == 300

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import errno
 import gzip
+import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from gristmill.data import parts, prepare, workspace
@@ -134,3 +139,45 @@ def test_no_worker_can_start(run_prepare, novels, tmp_path, small_units, monkeyp
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(RunError, match=r"no worker process can start \(exit code 1"):
         run_prepare("textfiles", novels, tmp_path / "out", num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("closed", "buffers"), [("stdout", True), ("stdout", False), ("stderr", True)]
+)
+def test_a_reader_that_leaves_costs_nothing(closed, buffers, records, tokenizer_dir, tmp_path):
+    """As in `gristmill prepare ... | head -1`: the work is done, whoever looks on."""
+    table = pa.table({"text": [json.loads(line)["text"] for line in records.open()]})
+    pq.write_table(table, records.parent / "a.parquet")
+    (records.parent / "cut.parquet").write_bytes(b"PAR")  # something is said on the way
+    script = "import sys; from gristmill.data import progress; progress._PLAIN_INTERVAL_S = 0.0\n"
+    script += "from gristmill.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", script, "prepare", "parquet", "--num_workers", "1"]
+    command += ["--input_dir", records.parent, "--output_dir", tmp_path / "out"]
+    command += ["--tokenizer_dir", tokenizer_dir, "--engine", "tokenizers"]
+    command += ["--on_error", "quarantine", "--max_reject_fraction", "0.1"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    other = "stderr" if closed == "stdout" else "stdout"
+    done = subprocess.run(
+        [str(word) for word in command],
+        env={**os.environ, "PYTHONUNBUFFERED": "" if buffers else "1"},
+        **{closed: writing, other: subprocess.PIPE},
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    told = getattr(done, other)
+    assert ("error" in told, done.returncode) == (False, 0), told
+    assert ("1 of 2 inputs" if closed == "stdout" else "300 documents") in told
+    assert Dataset.open(tmp_path / "out").num_documents == 300
+
+
+def test_a_rank_whose_reader_leaves_is_no_error_of_the_disk(
+    run_prepare, novels, tmp_path, monkeypatch, small_units
+):
+    def left(*args, **kwargs):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("builtins.print", left)
+    with pytest.raises(BrokenPipeError):
+        run_prepare("textfiles", novels, tmp_path / "out", executor="array", rank=1, world=2)
