@@ -37,7 +37,8 @@ name of a file are below.
     test_kill; test_prepare: test_killed_at_any_step_the_same_command_finishes;
     e2e/test_prepare_kill: test_twenty_kills
 - Clock skew, NFS, names of hosts: no time and no machine in any decision or byte.
-    test_clocks_and_hosts_do_not_matter; test_prepare: test_the_manifest_names_no_machine
+    test_clocks_and_hosts_do_not_matter; test_prepare: test_the_manifest_names_no_machine;
+    test_array: test_ranks_at_the_same_time, test_the_last_rank_completes_the_dataset
 - Names that collide: every file once.
     test_names_that_collide; test_inputs: test_spellings_of_one_name_are_two_files
 - on_error and its budget.
