@@ -125,7 +125,7 @@ def test_unknown_data_module(refused):
 
 def test_data_option_without_a_module(refused, novel):
     argv = ["pretrain", "pythia-14m", "--data.train_data_path", novel]
-    refused(argv, "--data.train_data_path", "--data TextFiles")
+    refused(argv, "--data.train_data_path", "--data with one of", "TextFiles")
 
 
 def test_data_module_lacks_its_path(refused):
