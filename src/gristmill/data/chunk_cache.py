@@ -25,7 +25,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -192,7 +192,7 @@ class ChunkCache:
         uses = _soonest(told)
         mine = -1 if urgent else uses.get(wanted.key, _NEVER - 1)
         leaving = []
-        for name in sorted(sizes, key=lambda n: -_when(n, uses)):
+        for name in _furthest_first(sizes, uses):
             if excess <= 0 or _when(name, uses) <= mine:
                 break
             if not name.endswith(".part") or not _is_locked(self._chunks / name):
@@ -208,7 +208,7 @@ class ChunkCache:
         sizes, told = self._held(), self._told()
         excess = sum(sizes.values()) - max(reader["limit"] for reader in told)
         uses, leaving = _soonest(told), []
-        for name in sorted(sizes, key=lambda n: -_when(n, uses)):
+        for name in _furthest_first(sizes, uses):
             half = name.endswith(".part")
             if (half or excess > 0) and not (half and _is_locked(self._chunks / name)):
                 leaving.append(name)
@@ -367,6 +367,15 @@ def _soonest(told: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         for key, position in reader["uses"].items():
             soonest[key] = min(position, soonest.get(key, _NEVER))
     return soonest
+
+
+def _furthest_first(names: Iterable[str], uses: Mapping[str, int]) -> Iterator[str]:
+    """Files of the folder in the order in which they may go. Only those in need are sorted: there
+    may be very many of the others."""
+    halves = [name for name in names if name.endswith(".part")]
+    yield from halves
+    yield from (name for name in names if name not in uses and not name.endswith(".part"))
+    yield from sorted((name for name in names if name in uses), key=lambda n: -uses[n])
 
 
 def _when(name: str, uses: Mapping[str, int]) -> int:

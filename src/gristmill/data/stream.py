@@ -110,7 +110,8 @@ class TokenStream:
         self._starts = np.cumsum([0, *(order.num_samples for order in self._orders)])
         caches = {id(d.cache): d.cache for d in self.datasets if d.cache is not None}
         self._look_ahead = [
-            LookAhead(cache, partial(self._chunks_of, cache)) for cache in caches.values()
+            LookAhead(cache, partial(self._chunks_of, cache), self.num_samples)
+            for cache in caches.values()
         ]
 
     @property

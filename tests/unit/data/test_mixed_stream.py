@@ -172,6 +172,29 @@ def test_chunks_are_fetched_before_they_are_needed(sources, tmp_path):
     cache.close()
 
 
+def test_the_next_window_is_in_view_from_afar(tmp_path, monkeypatch):
+    monkeypatch.setattr("gristmill.data.look_ahead._MAX_BATCHES", 4)
+    monkeypatch.setattr("gristmill.data.look_ahead._BLOCK_SAMPLES", 100)
+    made = make_dataset(tmp_path / "data", [[10 * SEQ_LEN + 1]] * 150)
+    cache = ChunkCache(tmp_path / "cache", 100 * int(made.chunks.sizes[0]))
+    (store,) = remote([made], cache)
+    stream = TokenStream(store, SEQ_LEN, seed=3)
+    for start in range(0, 40, 2):
+        stream.batch(start, 2)
+        settle(cache)
+    order = stream._orders[0].epoch(0).chunks
+    here = {path.name for path in (tmp_path / "cache" / "chunks").iterdir()}
+    # The window of 640 samples that is read, and as much of the next one as there is room for.
+    assert {store.chunks[int(chunk)].xxh3 for chunk in order[:64]} <= here
+    assert len(here) == 100
+    for start in range(40, 1500, 2):
+        stream.batch(start, 2)
+        settle(cache)
+    # Whatever was fetched in advance was used before it went; of the last, some is yet to come.
+    assert cache.downloads <= 150 + 100
+    cache.close()
+
+
 def test_a_chunk_damaged_on_this_disk_is_fetched_again(sources, tmp_path):
     cache = ChunkCache(tmp_path, 10**6)
     (store,) = remote(sources[1:2], cache)
