@@ -114,7 +114,7 @@ def test_the_first_bad_document_ends_the_job_if_asked(run_prepare, novels, tmp_p
 def test_a_unit_that_kills_its_worker_is_left_out(
     run_prepare, novels, tmp_path, small_units, monkeypatch
 ):
-    (tmp_path / "poison.py").write_text(
+    (tmp_path / "deadly_map.py").write_text(
         "import os\n"
         "def taste(texts):\n"
         "    if any('POISON' in text for text in texts) and 'DRIVER' not in os.environ:\n"
@@ -127,11 +127,11 @@ def test_a_unit_that_kills_its_worker_is_left_out(
     out = tmp_path / "out"
     for _ in range(2):  # a single part that is left is not run in our own process either
         with pytest.raises(RunError, match=r"(?s)1 of .*a/05\.txt.*died 3 times .*code 9"):
-            run_prepare("textfiles", novels, out, num_workers=2, map="poison:taste")
+            run_prepare("textfiles", novels, out, num_workers=2, map="deadly_map:taste")
     missing = Workspace.open(Storage(out)).stored()["units"] - 1
     assert len(list((out / workspace.NAME / "units").iterdir())) == missing
     monkeypatch.setenv("DRIVER", "1")
-    run_prepare("textfiles", novels, out, num_workers=2, map="poison:taste")
+    run_prepare("textfiles", novels, out, num_workers=2, map="deadly_map:taste")
     assert Dataset.open(out).num_documents == 12
 
 
