@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     Tokens = NDArray[Any]
     Int64s = NDArray[np.int64]
 
-MAX_CHUNK_TOKENS = 2**29
-"""Offsets are u32: with four bytes a token and the header, a chunk stays below 4 GiB."""
+MAX_CHUNK_TOKENS = 2**29 - 2
+"""Offsets are u32: four bytes a token, and four in the header if each is a document, fit."""
 
 # litdata's numbers for element types, by the name NumPy has for them.
 _WRITTEN_FORMATS = {

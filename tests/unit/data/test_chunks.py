@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data.chunks import adopt, dtype_for, index_json, map_chunk, write_chunk
+from gristmill.data.chunks import (
+    MAX_CHUNK_TOKENS,
+    adopt,
+    dtype_for,
+    index_json,
+    map_chunk,
+    write_chunk,
+)
 from gristmill.util.errors import RunError, UserError
 
 
@@ -40,6 +47,10 @@ def test_the_bytes_are_those_of_the_format(tmp_path):
     path = tmp_path / "c.bin"
     write_chunk(path, [np.array([1, 2, 300])], np.array([2, 1]), "uint16")
     assert path.read_bytes() == struct.pack("<IIIIHHH", 2, 16, 20, 22, 1, 2, 300)
+
+
+def test_the_largest_chunk_has_offsets_of_32_bits():
+    assert 4 * (MAX_CHUNK_TOKENS + 2) + 4 * MAX_CHUNK_TOKENS < 2**32
 
 
 def test_a_document_without_tokens_is_never_written(tmp_path):
