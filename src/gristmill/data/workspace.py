@@ -148,6 +148,10 @@ class Workspace(ABC):
 class LocalWorkspace(Workspace):
     """A workspace in a folder, perhaps one that several machines share."""
 
+    def __init__(self, out: Storage) -> None:
+        super().__init__(out)
+        self._name = uuid.uuid4().hex[:12]
+
     @property
     def folder(self) -> Path:
         """The working directory."""
@@ -262,8 +266,11 @@ class LocalWorkspace(Workspace):
         assert path.exists()
 
     def scratch(self) -> Path:
-        """The folder of scraps, on the output's own disk."""
-        folder = self.folder / "tmp"
+        """A folder of this process, on the output's own disk.
+
+        Where there are no locks, another process may be at the same work: it has its own.
+        """
+        folder = self.folder / "tmp" / f"scraps.{self._name}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -306,11 +313,6 @@ def _rename_new(source: Path, target: Path) -> None:
         if target.is_dir():
             raise FileExistsError(target) from None
         raise
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Put `text` at `path` whole: readers see the old file or the new one."""
-    Storage(path.parent).write(path.name, text.encode("utf-8", "surrogateescape"))
 
 
 def datasets_in(out: Storage) -> dict[str, manifest.Manifest]:

@@ -41,6 +41,15 @@ def test_placing_can_be_repeated(space):
     assert (space.out.path / "train" / "chunk-0000000-0.bin").read_text() == "x"
 
 
+def test_without_locks_two_that_finish_do_not_share_scraps(space):
+    other = Workspace.open(space.out)
+    ours, theirs = (s.scratch() / "chunk.bin" for s in (space, other))
+    ours.write_text("whole")
+    theirs.write_text("ha")
+    space.out.put(ours, "chunk.bin")
+    assert (space.out.path / "chunk.bin").read_text() == "whole"
+
+
 def test_a_lock_leaves_nothing_where_no_job_began(space):
     with space.locked():
         assert (space.out.path / NAME).is_dir()
