@@ -25,6 +25,8 @@ _UNREAD = {".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar", ".tar", ".tgz"}
 _PREPARED = {"manifest.json", "index.json"}
 # What Hugging Face datasets puts beside the data of a dataset that was saved to disk.
 _SAVED = {"dataset_info.json", "state.json", "dataset_dict.json"}
+# In a glob, a `?` that stands for itself is in brackets.
+_ANY_ONE = re.compile(r"(\[.[^]]*\])|\?")
 
 
 def root_of(path: str | Path) -> Storage:
@@ -93,7 +95,7 @@ def _stat(root: Storage, name: str) -> Entry:
 
 
 def _matching(root: Storage, pattern: str, exclude: Sequence[str | Path]) -> list[Input]:
-    matches = re.compile(_regex(pattern)).fullmatch
+    matches = re.compile(glob_regex(pattern)).fullmatch
     matching: list[tuple[str, str, str, Entry | None]] = []
     others: Counter[str] = Counter()
     for place, real, entry in (
@@ -217,7 +219,7 @@ def _normal(path: str) -> str:
     return path if path.isascii() else unicodedata.normalize("NFC", path)
 
 
-def _regex(pattern: str) -> str:
+def glob_regex(pattern: str) -> str:
     """The glob as a regular expression; `**` stands for any number of folders, also none."""
     parts = []
     components = pattern.split("/")
@@ -227,6 +229,7 @@ def _regex(pattern: str) -> str:
             parts.append(".*" if last else "(?:[^/]+/)*")
             continue
         # fnmatch's `*` and `?` would match a slash too.
+        component = _ANY_ONE.sub(lambda found: found[1] or "[!/]", component)
         within = translate(component)[len("(?s:") : -len(r")\Z")]
         within = within.replace(".*", "[^/]*")
         parts.append(within + ("" if last else "/"))

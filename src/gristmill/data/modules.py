@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gristmill.config.data import DataModule, LitData, Mixture, RawText, Records, TextFiles
-from gristmill.data import layouts, summary
+from gristmill.data import layouts, manifest, summary
 from gristmill.data.corpus import CacheLimit, Corpus, LaterWeights, Part, name_of
 from gristmill.data.documents import Input
 from gristmill.data.executors.local import available_cores
 from gristmill.data.inputs import CACHE, list_inputs, root_of
 from gristmill.data.job import Job, recipe_for
-from gristmill.data.plan import Recipe, make_plan
+from gristmill.data.plan import VERSION, Recipe, make_plan
 from gristmill.data.prepare import build
 from gristmill.data.storage import Storage, is_url
 from gristmill.data.workspace import Workspace, datasets_in
@@ -161,6 +161,11 @@ def _mixture(data: Mixture) -> Datasets:
 def _raw(data: RawText, tokenizer_dir: Path | None) -> Datasets:
     if tokenizer_dir is None:
         raise UserError("raw text needs a tokenizer. name its directory with --tokenizer_dir.")
+    if data.num_workers != "auto" and data.num_workers < 1:
+        raise UserError(
+            f"--data.num_workers {data.num_workers} is too few. give 1 or more, or auto.",
+            {"--data.num_workers": "auto"},
+        )
     try:
         return _raw_datasets(data, tokenizer_dir)
     except UserError as error:
@@ -299,12 +304,13 @@ def _cache_root(data: RawText, root: Storage) -> Path:
 
 
 def _state(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> str:
-    """Name for options and inputs as they are now, told without reading them.
+    """Name for format, options and inputs as they are now, told without reading them.
 
     The time of a file's last change of any kind is among it, which nobody can set back.
     """
     where = str(root.path.resolve()) if root.is_local else root.root
-    listed: list[object] = [dataclasses.asdict(recipe), where]
+    versions = [VERSION, manifest.VERSION]
+    listed: list[object] = [versions, dataclasses.asdict(recipe), where]
     for item in inputs:
         changed = (root.path / item.place).stat().st_ctime_ns if root.is_local else 0
         listed.append((item.path, item.size, item.version, changed))

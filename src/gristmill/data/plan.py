@@ -33,7 +33,7 @@ from gristmill.data.documents import (
     Span,
     Unreadable,
 )
-from gristmill.data.inputs import _regex
+from gristmill.data.inputs import glob_regex
 from gristmill.data.select import Selection, load_map
 from gristmill.data.split import Split, plan_split
 from gristmill.data.storage import Storage
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     Int64s = NDArray[np.int64]
 
-VERSION = 2
+VERSION = 3
 
 MAX_UNIT_BYTES = 256 << 20
 _MIN_UNIT_BYTES = 1 << 20
@@ -290,7 +290,7 @@ def _spread(inputs: Sequence[Input]) -> Sequence[Input]:
 def _validation(recipe: Recipe, inputs: Sequence[Input]) -> frozenset[int]:
     if recipe.val_pattern is None:
         return frozenset()
-    matches = re.compile(_regex(recipe.val_pattern)).fullmatch
+    matches = re.compile(glob_regex(recipe.val_pattern)).fullmatch
     found = frozenset(n for n, item in enumerate(inputs) if matches(item.path))
     if not 0 < len(found) < len(inputs):
         which = "none" if not found else "all"

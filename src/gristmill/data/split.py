@@ -2,7 +2,8 @@
 
 Documents are parted by a hash of their text, so that exact duplicates stay together whatever file
 they are in. Where there are few documents, blocks of them are parted instead, so that a single
-novel can be split. A long document, which is never held whole, goes by its beginning.
+novel can be split. Text beyond the first million characters does not count: a long document is
+never held whole, and the same text may be long in one file and short in another.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ FEW_DOCUMENTS = 1000
 """Below this number, blocks are parted instead of documents."""
 
 HEAD_CHARS = 1 << 20
-"""The characters of a long document that say on which side it lies."""
+"""The characters of a document that say on which side it lies."""
 
 BLOCK_BYTES = 65536
 _SMALLEST_BLOCK_BYTES = 1024
@@ -52,7 +53,7 @@ class Split:
         if self.highest < 0:
             return [(TRAIN, text)]
         if not self.block_bytes:
-            return [(self.side(text), text)]
+            return [(self.side(text[:HEAD_CHARS]), text)]
         runs: list[tuple[int, list[str]]] = []
         for block in blocks(text, self.block_bytes):
             side = self.side(block)

@@ -41,6 +41,9 @@ def test_patterns(tmp_path):
     assert paths(tmp_path, "**/[ab].*") == ["a.txt", "b.md"]
     assert paths(tmp_path, "**/y/*") == ["x/y/d.txt", "x/y/e.TXT"]
     assert len(paths(tmp_path, "**/*")) == 6
+    put(tmp_path, "xyc.txt", "q?.txt")
+    assert paths(tmp_path, "x?c.txt") == ["xyc.txt"]
+    assert paths(tmp_path, "q[?].txt") == ["q?.txt"]
 
 
 def test_a_single_file_needs_no_pattern(tmp_path):

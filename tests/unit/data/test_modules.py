@@ -162,6 +162,12 @@ def test_errors_name_the_options_of_training(novels, tokenizer_dir):
         open_datasets(text_files(novels, val_fraction=0.0), tokenizer_dir)
 
 
+def test_no_processes_are_refused(novels, tokenizer_dir):
+    for number in (0, -1):
+        with pytest.raises(UserError, match=r"--data\.num_workers .* is too few"):
+            open_datasets(text_files(novels, num_workers=number), tokenizer_dir)
+
+
 def test_raw_text_needs_a_tokenizer(novels):
     with pytest.raises(UserError, match="--tokenizer_dir"):
         open_datasets(text_files(novels), None)
