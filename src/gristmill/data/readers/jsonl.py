@@ -12,7 +12,7 @@ from gristmill.data.readers import long_json
 from gristmill.data.readers.compressed import Stream, is_compressed
 from gristmill.data.readers.reading import Reading
 
-_BLOCK_BYTES = 1 << 18  # fits into a core's cache with what becomes of it
+_BLOCK_BYTES = 1 << 20
 
 
 def read(reading: Reading) -> Iterator[Document]:
