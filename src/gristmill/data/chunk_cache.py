@@ -156,9 +156,12 @@ class ChunkCache:
                 continue
             try:
                 self._download(wanted, part, urgent=urgent)
-            finally:
+            except BaseException:
+                # Only then: a part of that name that is there after success is somebody else's.
                 with self._locked():
                     Path(part.name).unlink(missing_ok=True)
+                raise
+            finally:
                 part.close()
             break
         self._seen[wanted.key] = time.monotonic()

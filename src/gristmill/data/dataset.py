@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import uuid
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -119,7 +121,13 @@ class Dataset:
         folder = self.cache.folder / "tokenizers" / self.dataset_id[:32]
         folder.mkdir(parents=True, exist_ok=True)
         for entry in entries:
-            self.storage.fetch(entry.name, folder / entry.name.removeprefix("tokenizer/"))
+            target = folder / entry.name.removeprefix("tokenizer/")
+            scrap = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+            try:
+                self.storage.fetch(entry.name, scrap)
+                os.replace(scrap, target)  # another process may be reading it
+            finally:
+                scrap.unlink(missing_ok=True)
         return folder if entries else None
 
     @cached_property
@@ -176,13 +184,13 @@ class Dataset:
         for number in range(len(self.chunks)):
             tokens = self.map(number).tokens
             scanned = tokens[: max(1, len(tokens) // share)]
-            lowest = int(scanned.min())
+            lowest = int(scanned.min(initial=0))
             if lowest < 0:
                 raise UserError(
                     f"{self.storage.at(self.chunks[number].name)} holds the token id {lowest}. "
                     "prepare the text again: ids are 0 or more."
                 )
-            largest = max(largest, int(scanned.max()))
+            largest = max(largest, int(scanned.max(initial=0)))
         return largest
 
 

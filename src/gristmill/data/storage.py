@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import re
 import shutil
@@ -23,6 +22,8 @@ from gristmill.util.errors import UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _READ_BYTES = 8 << 20
+# How disks without links, such as mounted buckets, refuse to make one.
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 # What to install for a URL, by its scheme.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
@@ -138,10 +139,7 @@ class Storage:
         path.parent.mkdir(parents=True, exist_ok=True)
         scrap = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            with scrap.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_down(scrap, data)
             os.replace(scrap, path)
         finally:
             scrap.unlink(missing_ok=True)
@@ -149,7 +147,8 @@ class Storage:
     def create(self, name: str, data: bytes) -> bool:
         """Put a whole file there unless there is one: False, and nothing is changed, if there is.
 
-        Of several at once exactly one succeeds, where the store has conditional writes.
+        Of several at once exactly one succeeds, where the store has conditional writes or the disk
+        has links.
         """
         if not self.is_local:
             try:
@@ -161,10 +160,16 @@ class Storage:
         path.parent.mkdir(parents=True, exist_ok=True)
         scrap = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         try:
-            scrap.write_bytes(data)
+            _write_down(scrap, data)
             os.link(scrap, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            if path.exists():
+                return False
+            os.replace(scrap, path)
         finally:
             scrap.unlink(missing_ok=True)
         return True
@@ -252,8 +257,9 @@ class _Calls:
         return call
 
 
-def buffered(file: BinaryIO, size: int = 1 << 20) -> BinaryIO:
-    """A file of `Storage.open` with a buffer, whatever kind it is."""
-    if isinstance(file, io.FileIO):
-        return io.BufferedReader(file, size)
-    return file
+def _write_down(path: Path, data: bytes) -> None:
+    """A file that a loss of power does not empty."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -106,6 +106,22 @@ def test_a_chunk_is_fetched_once_and_read_many_times(tmp_path, records):
     again.close()
 
 
+def test_what_another_fetches_again_is_left_to_it(tmp_path, records, monkeypatch):
+    cache = cache_of(tmp_path, 8, records)
+    wanted = Wanted(Storage(tmp_path / "store"), records[0])
+    part = tmp_path / "cache" / "chunks" / f"{wanted.key}.part"
+    download = cache._download
+
+    def download_and_more(*args, **options):
+        download(*args, **options)
+        part.write_bytes(b"another's, since the chunk had to go at once")
+
+    monkeypatch.setattr(cache, "_download", download_and_more)
+    assert cache.fetch_early(wanted)
+    assert part.exists()
+    cache.close()
+
+
 def test_faults_of_the_store_are_tried_again(tmp_path, records):
     faults = {r.name: ["503", "truncated", "corrupt"] for r in records}
     store = Faulty(tmp_path / "store", faults)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -116,6 +118,19 @@ def test_a_file_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="holds other things than a dataset"):
         check_replaceable(Storage(tmp_path / "out"))
     assert isinstance(Workspace.open(Storage(tmp_path / "out")), LocalWorkspace)
+
+
+def test_a_disk_without_links_will_do(tmp_path, monkeypatch):
+    def refused(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    place = Storage(tmp_path)
+    assert place.create("job.json", b"first")
+    assert not place.create("job.json", b"second")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
+        ("job.json", b"first")
+    ]
 
 
 class Silent:
