@@ -167,7 +167,7 @@ def _import(
             records = list(pool.map(_scanned, pieces))
     else:
         _begin(base, pieces, copy=copy)
-        records = list(_copied(base, pieces, dtype) if copy else _linked(base, pieces))
+        records = _copied(base, pieces, dtype) if copy else list(_linked(base, pieces))
     table = ChunkTable.of(records)
     if not len(table):
         raise UserError(f"{folders[0]} holds no tokens. check the path.")
@@ -282,8 +282,9 @@ def _linked(base: Path, pieces: Sequence[_Piece]) -> Iterator[ChunkRecord]:
             yield record
 
 
-def _copied(base: Path, pieces: Sequence[_Piece], dtype: str) -> Iterator[ChunkRecord]:
+def _copied(base: Path, pieces: Sequence[_Piece], dtype: str) -> list[ChunkRecord]:
     """The pieces as chunks of our own, unpacked where they are compressed or packed."""
+    records: list[ChunkRecord] = []
     done, total, reported = 0, sum(piece.path.stat().st_size for piece in pieces), 0
     for piece in pieces:
         # Anew after a kill as well: reading what is there to digest it costs as much.
@@ -295,13 +296,16 @@ def _copied(base: Path, pieces: Sequence[_Piece], dtype: str) -> Iterator[ChunkR
                 record = packed.convert(piece.packed, scrap, dtype)
             if record is not None:
                 os.replace(scrap, target)
-                yield dataclasses.replace(record, name=piece.name)
+                records.append(dataclasses.replace(record, name=piece.name))
+            elif records:  # nothing but padding comes after the file before
+                records[-1] = dataclasses.replace(records[-1], continues=False)
         finally:
             scrap.unlink(missing_ok=True)
         done += piece.path.stat().st_size
         if done - reported >= _REPORT_BYTES:
             reported = done
             print(f"{done / 1e9:,.1f} of {total / 1e9:,.1f} GB are copied", file=sys.stderr)
+    return records
 
 
 def _copy(piece: _Piece, target: Path) -> ChunkRecord:

@@ -8,6 +8,7 @@ import pytest
 from gristmill.config.data_commands import DataImport
 from gristmill.data import adopt, packed, verify
 from gristmill.data.dataset import Dataset
+from gristmill.data.look.lengths import document_lengths
 from gristmill.util.errors import UserError
 
 SEPARATOR = 2
@@ -47,6 +48,15 @@ def test_packed_files_become_chunks_without_their_padding(tmp_path, code, dtype)
     assert dataset.map(0).ends_within(0, 8).tolist() == []
     assert dataset.num_documents == 1  # nothing says where they end
     assert verify.problems(tmp_path / "out") == []
+
+
+def test_a_last_file_of_padding_leaves_nothing_to_go_on_with(tmp_path):
+    stream = [*range(10, 26), SEPARATOR]
+    dataset = do(write_packed(tmp_path / "packed", "train", stream), tmp_path / "out")
+    assert tokens_of(dataset) == [stream[:8], stream[8:16]]
+    assert [chunk.continues for chunk in dataset.chunks] == [True, False]
+    assert document_lengths(dataset).longest == 16
+    assert dataset.num_documents == 1
 
 
 def test_prefixes_are_streams_of_their_own(tmp_path):
