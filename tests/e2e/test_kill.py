@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 POINTS = [
     "gristmill.data.prepare:build",
-    "gristmill.data.finalize:_place",
+    "gristmill.data.finalize:_placed",
     "gristmill.data.workspace:_rename_new",
     "gristmill.train.directory:write",
     "gristmill.train.fit:train_step",
