@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 
 from gristmill.data.manifest import Manifest, Source
-from gristmill.data.summary import count
+from gristmill.data.summary import chosen_by, count
 
 NAME = "README.md"
 
@@ -116,7 +116,7 @@ def _left_out(source: Source) -> str:
     if source.empty_documents:
         lines.append(f"- {count(source.empty_documents, 'document')} without text")
     if source.filtered:
-        lines.append(f"- {count(source.filtered, 'document')} by filters")
+        lines.append(f"- {count(source.filtered, 'document')} by {chosen_by(source)}")
     lines += [f"- `{path}`: {reason}" for path, reason in source.quarantined[:_LISTED]]
     if len(source.quarantined) > _LISTED:
         lines.append(f"- … and {len(source.quarantined) - _LISTED:,} more damaged inputs")

@@ -30,6 +30,7 @@ from gristmill.data.executors.work import write_error
 from gristmill.data.finalize import finalize
 from gristmill.data.finished import REMOVE, Made, finished
 from gristmill.data.job import Job, jobs
+from gristmill.data.look.page import size
 from gristmill.data.plan import Plan, make_plan, sample_texts
 from gristmill.data.progress import Meter
 from gristmill.data.storage import Storage
@@ -67,11 +68,14 @@ def _prepare(job: Job) -> None:
     made = {} if job.overwrite else finished(plan, job.out)
     if made:
         Workspace.open(job.out).close()  # what a process that was killed at its end has left
-        print(f"{job.out.root} is finished already: nothing to do (--overwrite prepares it anew).")
-    else:
-        made = build(plan, job)
-    if made:
-        print(summary.text(job.out, made, time.monotonic() - started))
+        again = "--overwrite prepares" if job.out.is_local else "removing it prepares"
+        print(f"{job.out.root} is finished already: nothing to do ({again} it anew).")
+        print(summary.text(job.out, made, None))
+        return
+    is_whole = not _space(job)[0].committed()
+    if made := build(plan, job):
+        seconds = time.monotonic() - started
+        print(summary.text(job.out, made, seconds, is_whole=is_whole))
 
 
 def build(plan: Plan, job: Job) -> Made:
@@ -140,8 +144,8 @@ def _begin(plan: Plan, job: Job, space: Workspace) -> None:
     is_shared = isinstance(job.executor, Array)
     # In an array the first rank's choice counts; one that lacks its engine says so.
     if begun and begun["job"] == plan.job and (is_shared or _same(space.engine(), engine)):
-        done = len(space.committed())
-        _note(f"going on: {done} of {len(plan.units)} parts are done")
+        if done := len(space.committed()):
+            _note(f"going on: {done} of {len(plan.units)} parts are done")
         return
     if begun and not is_shared:  # what other ranks have begun must stay
         space.wipe()
@@ -221,7 +225,8 @@ def _raise(failures: Sequence[Failure], plan: Plan) -> None:
     for failure in failures:
         paths = [plan.inputs[span.input].path for span in plan.units[failure.unit]]
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        where = "" if paths[0] in failure.message else f"{', '.join(paths[:3])}{more}: "
+        is_named = any(path in failure.message for path in paths)
+        where = "" if is_named else f"{', '.join(paths[:3])}{more}: "
         lines[f"  {where}{failure.message}"] = None  # the parts of one file say the same
     shown = list(lines)[:_SHOWN_FAILURES]
     if len(lines) > len(shown):
@@ -251,6 +256,6 @@ def _check_disk(plan: Plan, units: Sequence[int], out: Storage) -> None:
     free = shutil.disk_usage(out.path).free
     if needed > free:
         raise RunError(
-            f"no space left for {out.root}: about {needed / 1e9:.2f} GB are needed, "
-            f"{free / 1e9:.2f} GB are free. free some, or name another --output_dir."
+            f"no space left for {out.root}: about {size(needed)} are needed, "
+            f"{size(free)} are free. free some, or name another --output_dir."
         )

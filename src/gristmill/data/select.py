@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -151,14 +152,17 @@ def load_map(spec: str) -> Map:
 
     The entries are texts, or None where a document is left out. The function itself may also give
     True (keep) and False (leave out). Raises UserError when there is no such function; a call
-    raises RunError, naming it, for an answer of another length or kind.
+    raises RunError, naming it, where it fails or answers with another length or kind.
     """
     return _checked(spec, _imported(spec))
 
 
 def _checked(spec: str, function: Callable[[list[str]], Sequence[Any]]) -> Map:
     def mapped(texts: list[str]) -> list[str | None]:
-        answers = function(list(texts))
+        try:
+            answers = function(list(texts))
+        except Exception as error:  # whatever a function of the user's does
+            raise _failed(spec, error) from error
         if hasattr(answers, "tolist"):
             answers = answers.tolist()
         if not isinstance(answers, list | tuple) or len(answers) != len(texts):
@@ -170,6 +174,15 @@ def _checked(spec: str, function: Callable[[list[str]], Sequence[Any]]) -> Map:
         return [_answer(spec, text, a) for text, a in zip(texts, answers, strict=True)]
 
     return mapped
+
+
+def _failed(spec: str, error: Exception) -> RunError:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {error}".rstrip(": ")
+    return RunError(
+        f"--map {spec} failed ({what}; {place.filename}, line {place.lineno}). mend it and run the "
+        "same command again: what is done is kept."
+    )
 
 
 def _answer(spec: str, text: str, answer: Any) -> str | None:

@@ -21,7 +21,13 @@ def show(out: str | None) -> None:
     """
     if out is None:
         raise UserError("which output? for example: gristmill prepare status OUT")
-    for place in _places(Storage(out)):
+    try:
+        places = _places(Storage(out))
+    except OSError as error:  # a bucket that is not there, a store that is not reached
+        raise UserError(
+            f"{out} cannot be read ({error}). check the URL, and the credentials of its store."
+        ) from error
+    for place in places:
         try:
             print(text(place))
         except FileNotFoundError:

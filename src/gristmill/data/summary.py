@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 
-from gristmill.data.manifest import Manifest
+from gristmill.data.manifest import Manifest, Source
 from gristmill.data.progress import duration
 from gristmill.data.storage import Storage
 
 
 def text(
-    out: Storage, made: Mapping[str, Manifest], seconds: float | None, *, following: bool = True
+    out: Storage,
+    made: Mapping[str, Manifest],
+    seconds: float | None,
+    *,
+    is_whole: bool = True,
+    following: bool = True,
 ) -> str:
     """Several lines: what there is now, what was left out and why, and what follows.
 
-    `seconds` is how long it took, None where that is not known.
+    `seconds` is how long it took, None where that is not known; `is_whole` says whether all of it
+    was done in that time, so that there is a speed.
     """
     tokens = sum(m.totals.tokens for m in made.values())
     size = sum(m.totals.text_bytes or 0 for m in made.values())
     documents = sum(m.totals.documents for m in made.values())
     took = ""
     if seconds is not None:
-        took = f", {duration(seconds)} ({size / 1e6 / max(seconds, 1e-9):,.1f} MB/s)"
+        speed = f" ({size / 1e6 / max(seconds, 1e-9):,.1f} MB/s)" if is_whole else ""
+        took = f", {duration(seconds)}{speed}"
     lines = [
         f"{out.root}: {count(documents, 'document')}, {size / 1e6:,.1f} MB of text, "
         f"{tokens:,} tokens ({size / max(1, tokens):.2f} bytes per token){took}"
@@ -59,10 +67,25 @@ def _left_out(out: Storage, manifest: Manifest) -> list[str]:
             f"(first {path}: {reason}; listed in {listed})"
         )
     if source.filtered:
-        lines.append(f"  left out by filters: {count(source.filtered, 'document')}")
+        by = chosen_by(source)
+        lines.append(f"  left out by {by}: {count(source.filtered, 'document')}")
+    elif source.filters:
+        lines.append(f"  left out by filters: nothing ({json.dumps(dict(source.filters))})")
     if source.empty_documents:
         lines.append(f"  left out, without text: {count(source.empty_documents, 'document')}")
+    if source.fast_dev_run:
+        lines.append(
+            "  a small slice, to try the command (--fast_dev_run): prepare all of it into another "
+            "--output_dir, or here with --overwrite"
+        )
     return lines
+
+
+def chosen_by(source: Source) -> str:
+    """What left documents out that could be read: filters, the user's function, or both."""
+    if not source.map:
+        return "filters"
+    return "filters or --map" if source.filters else "--map"
 
 
 def count(number: int, noun: str) -> str:

@@ -354,7 +354,7 @@ def test_nothing_stale_is_left(run_prepare, novels, tmp_path, small_units):
     out = run_prepare("textfiles", novels, tmp_path / "out", chunk_tokens=1024)
     many = len(list(out.glob("chunk-*")))
     (novels / "added.txt").write_text(make_text(99, 50))
-    with pytest.raises(UserError, match=r"of another job: input, options .*--overwrite"):
+    with pytest.raises(UserError, match=r"of another job: other input files\. .*--overwrite"):
         run_prepare("textfiles", novels, out, chunk_tokens=1024)
     run_prepare("textfiles", novels, out, overwrite=True)
     assert len(list(out.glob("chunk-*"))) < many

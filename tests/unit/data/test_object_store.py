@@ -260,7 +260,7 @@ def test_a_full_disk_keeps_what_is_done(
         return working(plan, unit, root, engine, folder, *rest)
 
     monkeypatch.setattr(work, "run_unit", full)
-    with pytest.raises(RunError, match=r"no space left for .*\(.* GB free\)"):
+    with pytest.raises(RunError, match=r"no space left for .*\(.* free\)"):
         run_prepare("textfiles", novels, out, **OPTIONS)
     space = LocalWorkspace(Storage(out))
     assert space.committed() == set(runs[:3])

@@ -89,3 +89,25 @@ def test_the_summary_names_what_was_made(run_prepare, records, tmp_path):
     assert f"val:   {made['val'].totals.tokens:,} tokens in {out / 'val'}" in text
     assert text.endswith(f"--data.data_path {out}")
     assert "Next" not in summary.text(Storage(out), made, 2.0, following=False)
+    assert "MB/s" in text
+    assert "MB/s" not in summary.text(Storage(out), made, 2.0, is_whole=False)
+
+
+def test_the_summary_names_what_chose(run_prepare, records, tmp_path):
+    def said(name, **options):
+        out = run_prepare("jsonl", records, tmp_path / name, **options)
+        return summary.text(Storage(out), {"": Dataset.open(out).manifest}, None)
+
+    assert "small slice" not in said("all")
+    assert "a small slice, to try the command (--fast_dev_run)" in said("try", fast_dev_run=True)
+    unknown = {"no_such_field": {"not_in": ["x"]}}
+    assert 'by filters: nothing ({"no_such_field"' in said("filtered", filter=unknown)
+
+
+def test_a_speed_is_told_of_whole_runs_only(run_prepare, records, tmp_path, capsys):
+    run_prepare("jsonl", records, tmp_path / "out")
+    assert "MB/s" in capsys.readouterr().out
+    run_prepare("jsonl", records, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "finished already" in said
+    assert "MB/s" not in said

@@ -110,6 +110,8 @@ def module(tmp_path, monkeypatch):
         "    texts.clear()\n"
         "def lazy(texts):\n"
         "    return (t for t in texts)\n"
+        "def broken(texts):\n"
+        "    raise KeyError('boom')\n"
     )
     (tmp_path / "my_broken.py").write_text("import not_there\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -130,6 +132,9 @@ def test_answers_of_another_kind_name_the_function():
         load_map("my_map:wrong")(["a"])
     with pytest.raises(RunError, match="my_map:nothing answered 1 texts with NoneType"):
         load_map("my_map:nothing")(["a"])
+    failed = r"my_map:broken failed \(KeyError: 'boom'; .*my_map.py, line 16\)"
+    with pytest.raises(RunError, match=failed):
+        load_map("my_map:broken")(["a"])
     with pytest.raises(RunError, match="answered 1 texts with generator"):
         load_map("my_map:lazy")(["a"])
 

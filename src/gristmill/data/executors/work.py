@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gristmill.data.executors import Task
+from gristmill.data.look.page import size
 from gristmill.data.storage import Storage
 from gristmill.data.units import Engine, Progress, run_unit
 from gristmill.data.workspace import Workspace
@@ -61,7 +62,7 @@ def write_error(error: OSError, out: Storage) -> UserError | RunError:
         status = os.statvfs(out.path)
         free = status.f_bavail * status.f_frsize
         return RunError(
-            f"no space left for {out.root} ({free / 1e9:.2f} GB free). free some and run the same "
+            f"no space left for {out.root} ({size(free)} free). free some and run the same "
             "command again: what is done is kept."
         )
     return RunError(

@@ -222,6 +222,7 @@ def _origin(dataset: Dataset) -> list[tuple[str, str]]:
         return [("from", "another tool (no record of the text)")]
     total = sum(bytes_ for _, bytes_ in source.inputs)
     split = f", the {source.split} side of a split" if source.split else ""
+    split += ", a small slice to try things (--fast_dev_run)" if source.fast_dev_run else ""
     origin = f"{source.layout}, {counted(len(source.inputs), 'file')} of {size(total)}{split}"
     facts = [("from", origin)]
     if source.filters:
