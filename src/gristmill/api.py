@@ -106,6 +106,11 @@ class LLM:
 def _configured(kind: type[T], config: T | None, settings: dict[str, Any]) -> T:
     """The dataclass `kind` from a filled one or from settings by name."""
     if config is not None:
+        if not isinstance(config, kind):
+            raise UserError(
+                f"{config!r} is no {kind.__name__}. give settings by name, for example "
+                f"{dataclasses.fields(kind)[0].name}={config!r}."  # type: ignore[arg-type]
+            )
         if settings:
             raise UserError(
                 f"a {kind.__name__} and settings beside it ({', '.join(settings)}). give one of "

@@ -16,7 +16,7 @@ import sys
 
 import pytest
 
-from gristmill.data import object_workspace
+from gristmill.data import object_workspace, status
 from gristmill.data.executors import Task, local, work
 from gristmill.data.executors.work import Work
 from gristmill.data.object_workspace import ObjectWorkspace
@@ -225,6 +225,11 @@ def test_foreign_objects_are_not_removed(novels, bucket, run_prepare):
     with pytest.raises(UserError, match=r"thesis\.pdf"):
         run_prepare("textfiles", novels, f"{bucket}/out", **OPTIONS)
     assert Storage(bucket).read("out/thesis.pdf") == b"years of work"
+
+
+def test_status_of_a_bucket_that_is_not_there(bucket):
+    with pytest.raises(UserError, match="no-such-bucket/out cannot be read.* check the URL"):
+        status.show("s3://no-such-bucket/out")
 
 
 def test_a_changed_object_is_noticed(novels, bucket, run_prepare, faults):

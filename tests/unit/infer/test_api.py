@@ -57,6 +57,8 @@ def test_commands_take_a_dataclass_or_settings(monkeypatch):
     assert seen.pop() == Prepare(input_dir="books")
     with pytest.raises(UserError, match=r"settings beside it \(seed\)"):
         gristmill.pretrain(config, seed=3)
+    with pytest.raises(UserError, match="for example layout='jsonl'"):
+        gristmill.prepare("jsonl", input_dir="books")
     with pytest.raises(
         UserError, match=r"unknown setting \(max_token\). TrainArgs has: max_tokens"
     ):

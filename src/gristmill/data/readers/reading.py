@@ -114,7 +114,7 @@ class Reading:
                 ) from error
             raise DataError(
                 f"cannot read {where} ({error.strerror or error}). "
-                "run the same command again when it is there.",
+                "run the same command again when it can be read.",
                 self.item.path,
                 error.strerror or type(error).__name__,
             ) from error
