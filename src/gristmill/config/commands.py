@@ -97,7 +97,8 @@ class Prepare:
     """Which records are kept, by field: {"meta.lang": "en"}, {"set": {"not_in": ["x"]}};
     operators: in, not_in, min, max. Adds to the layout's own."""
     map: str | None = None
-    """Function `module:name` of your own: list of texts to list of texts, None to leave out."""
+    """Function `module:name` of your own: list of texts to list of texts, None to leave out.
+    Its code is not compared: after a change, prepare anew with --overwrite."""
     sample: bool = False
     """The input is the sample of the corpus that its makers publish (redpajama)."""
     fast_dev_run: bool = False

@@ -93,7 +93,9 @@ class Corpus:
         if len(self.datasets) == 1 and not self._later:
             return self.datasets[0].dataset_id
         ids = [dataset.dataset_id for dataset in self.datasets]
-        value = [ids, [part.weight for part in self.parts], [vars(s) for s in self._later]]
+        # Equal ratios are one mixture, however they are written.
+        value: list[Any] = [ids, integer_weights([part.weight for part in self.parts])]
+        value += [[s.from_tokens, integer_weights(s.weights)] for s in self._later]
         return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
     @property

@@ -55,6 +55,9 @@ def finalize(
         _check_splits(plan, job)
     except UserError:
         space.out.put(listed, f"{WORKSPACE}/{REJECTS}")
+        # What was damaged may be mended, or could not be read for a moment: it is tried again.
+        for unit in job.incomplete:
+            space.discard(unit)
         raise
     # With the dataset, so that nobody takes it for records of a corpus.
     first = plan.recipe.splits[0]
@@ -104,11 +107,15 @@ class _Job:
     filtered: int = 0
     quarantined: list[tuple[str, str]] = field(default_factory=list)
     quarantined_bytes: int = 0
+    incomplete: list[int] = field(default_factory=list)
+    """Units that leave out something damaged."""
 
     def add(self, record: UnitRecord, chunk_tokens: int) -> None:
         self.rejects.update(record.rejects)
         self.empty_documents += record.empty_documents
         self.filtered += record.filtered
+        if record.quarantined:
+            self.incomplete.append(record.unit)
         for left_out in record.quarantined:
             self.quarantined.append((left_out.path, left_out.reason))
             self.quarantined_bytes += left_out.text_bytes

@@ -97,6 +97,10 @@ class ObjectWorkspace(Workspace):
             self.out.write(_rejects_name(unit), listed)
         self.out.create(_record_name(unit), data)
 
+    def discard(self, unit: int) -> None:
+        """Forget a unit: its record goes, and the next attempt writes its parts again."""
+        self.out.remove(_record_name(unit))
+
     def rejects(self, unit: int) -> bytes:
         """The rejected documents that a unit lists."""
         try:

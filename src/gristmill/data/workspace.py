@@ -71,6 +71,12 @@ class Workspace(ABC):
             "engine": dataclasses.asdict(dataclasses.replace(engine, note="")),
         }
         self.out.create(f"{NAME}/job.json", json.dumps(value).encode())
+        begun = self.stored()
+        if begun is not None and begun["job"] != plan.job:
+            raise UserError(
+                f"another job began in {self.out.root} at the same moment, with other input or "
+                "options. name another --output_dir."
+            )
 
     def stored(self) -> dict[str, Any] | None:
         """Names of the job that has begun here and not finished: hash, job, units, engine."""
@@ -119,6 +125,10 @@ class Workspace(ABC):
     @abstractmethod
     def writing(self, unit: int, plan: Plan) -> contextlib.AbstractContextManager[Path]:
         """An empty local folder for `run_unit`; the unit is committed when the block ends well."""
+
+    @abstractmethod
+    def discard(self, unit: int) -> None:
+        """Make a committed unit one that is still to be done."""
 
     @abstractmethod
     def rejects(self, unit: int) -> bytes:
@@ -247,6 +257,14 @@ class LocalWorkspace(Workspace):
                 _rename_new(folder, self.unit_dir(unit))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+    def discard(self, unit: int) -> None:
+        """Forget a unit, at once by a rename."""
+        going = self.folder / "tmp" / f"u-{unit:07d}.{uuid.uuid4().hex[:12]}"
+        going.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.unit_dir(unit), going)
+            shutil.rmtree(going, ignore_errors=True)
 
     def rejects(self, unit: int) -> bytes:
         """The rejected documents that a unit lists."""
