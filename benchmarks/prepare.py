@@ -38,7 +38,7 @@ import psutil
 import zstandard
 from _common import environment, high_water, print_table, run_child, spread, versions
 
-from gristmill.data.manifest import read
+from gristmill.data.store.manifest import read
 from gristmill.tokenizer.engines import single_thread_env
 
 IN_PROCESS = Path(__file__).resolve().parent / "in_process"

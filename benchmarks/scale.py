@@ -77,8 +77,8 @@ def run_step(step: str, tokens: float, folder: Path) -> dict[str, Any]:
 def measured(step: str, tokens: int, folder: Path) -> dict[str, Any]:
     """Seconds of a step and what it came to."""
     # What every step imports is no part of what it takes.
-    import gristmill.data.finalize
-    import gristmill.data.stream  # noqa: F401
+    import gristmill.data.preparation.finalize
+    import gristmill.data.reading.stream  # noqa: F401
 
     steps: dict[str, Callable[[int, Path], dict[str, Any]]] = {
         "plan": plan_step,
@@ -98,9 +98,9 @@ def num_units(tokens: int) -> int:
 
 def simulated_plan(tokens: int) -> Any:
     """The plan of files of one unit each, made by the planner's own cutting."""
-    from gristmill.data.documents import Input
-    from gristmill.data.plan import Recipe, lay_out
-    from gristmill.data.split import Split
+    from gristmill.data.preparation.plan import Recipe, lay_out
+    from gristmill.data.preparation.split import Split
+    from gristmill.data.raw.documents import Input
 
     recipe = Recipe(
         layout="fineweb",
@@ -124,7 +124,7 @@ def simulated_plan(tokens: int) -> Any:
 
 def plan_step(tokens: int, folder: Path) -> dict[str, Any]:
     """Plan, name, store and load again."""
-    from gristmill.data.plan import Plan
+    from gristmill.data.preparation.plan import Plan
 
     plan = simulated_plan(tokens)
     text = json.dumps(plan.to_json(), separators=(",", ":"))
@@ -138,8 +138,8 @@ def plan_step(tokens: int, folder: Path) -> dict[str, Any]:
 
 def finalize_step(tokens: int, folder: Path) -> dict[str, Any]:
     """Finalize simulated records: all that is not moving the chunks themselves."""
-    from gristmill.data.chunk_table import NAME as TABLE
-    from gristmill.data.finalize import finalize
+    from gristmill.data.preparation.finalize import finalize
+    from gristmill.data.store.chunk_table import NAME as TABLE
     from gristmill.tokenizer.engines import EngineChoice
 
     plan = simulated_plan(tokens)
@@ -161,10 +161,10 @@ def simulated_space(folder: Path) -> Any:
     """A workspace that has every unit committed, and whose parts exist in its records only."""
     import numpy as np
 
-    from gristmill.data.chunks import write_chunk
+    from gristmill.data.preparation.units import UnitRecord
+    from gristmill.data.preparation.workspace import LocalWorkspace
     from gristmill.data.storage import Storage
-    from gristmill.data.units import UnitRecord
-    from gristmill.data.workspace import LocalWorkspace
+    from gristmill.data.store.chunks import write_chunk
 
     scrap = folder / "scrap"
     scrap.mkdir()
@@ -218,8 +218,8 @@ def open_step(tokens: int, folder: Path) -> dict[str, Any]:
     """Open what finalize described and find the samples of a step; chunks are not there."""
     import numpy as np
 
-    from gristmill.data.dataset import Dataset
-    from gristmill.data.order import Order, samples_per_chunk
+    from gristmill.data.reading.order import Order, samples_per_chunk
+    from gristmill.data.store.dataset import Dataset
 
     dataset = Dataset.open(folder / "train")
     opened = time.perf_counter()

@@ -76,10 +76,10 @@ def make_simulated(folder: Path) -> None:
     """A manifest and a table of chunks that are not there."""
     import numpy as np
 
-    from gristmill.data import manifest
-    from gristmill.data.chunk_table import NAME, TableBuilder
-    from gristmill.data.chunks import ChunkRecord
-    from gristmill.data.dataset import described
+    from gristmill.data.store import manifest
+    from gristmill.data.store.chunk_table import NAME, TableBuilder
+    from gristmill.data.store.chunks import ChunkRecord
+    from gristmill.data.store.dataset import described
 
     folder.mkdir(parents=True)
     builder = TableBuilder()
@@ -98,8 +98,8 @@ def seek(folder: Path) -> dict[str, float]:
     """Open, seek to samples far apart, and locate many; run in a process of its own."""
     import numpy as np
 
-    from gristmill.data.dataset import Dataset
-    from gristmill.data.order import Order, samples_per_chunk
+    from gristmill.data.reading.order import Order, samples_per_chunk
+    from gristmill.data.store.dataset import Dataset
 
     began = time.perf_counter()
     dataset = Dataset.open(folder)
@@ -143,8 +143,8 @@ def read_in_turns(args: argparse.Namespace, work: Path) -> dict[str, list[float]
 
 def read_ours(dataset: Path, batches: int) -> float:
     """Tokens per second of our stream, in this process, nothing else going on."""
-    from gristmill.data.dataset import Dataset
-    from gristmill.data.stream import TokenStream
+    from gristmill.data.reading.stream import TokenStream
+    from gristmill.data.store.dataset import Dataset
 
     stream = TokenStream(Dataset.open(dataset), SEQ_LEN, seed=1)
     stream.batch(0, BATCH)

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from _common import Child, environment, print_table, run_child, spread, versions
 
-from gristmill.data.dataset import Dataset
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 
 MODEL = "pythia-14m"
 BATCH, SEQ_LEN = 4, 512

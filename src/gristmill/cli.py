@@ -39,7 +39,7 @@ COMMANDS = {
     ),
     "download": Command(
         "gristmill.config.commands:Download",
-        "gristmill.data.download:download",
+        "gristmill.data.raw.download:download",
         "fetch a model, a tokenizer or a corpus; goes on where it was cut",
         ("repo_id",),
         "gristmill.models.zoo:repositories",
@@ -55,7 +55,7 @@ COMMANDS = {
         "gristmill.data.prepare:prepare",
         "raw text to a dataset, resumable; `prepare status OUT` shows how far it is",
         ("layout", "output_dir"),
-        "gristmill.data.layouts:names",
+        "gristmill.data.raw.layouts:names",
     ),
     "data stats": Command(
         "gristmill.config.data_commands:DataStats",
@@ -71,7 +71,7 @@ COMMANDS = {
     ),
     "data verify": Command(
         "gristmill.config.data_commands:DataVerify",
-        "gristmill.data.verify:run",
+        "gristmill.data.store.verify:run",
         "check every chunk against its digest and the manifest",
         MANY_PATHS,
     ),
@@ -83,7 +83,7 @@ COMMANDS = {
     ),
     "data import": Command(
         "gristmill.config.data_commands:DataImport",
-        "gristmill.data.adopt:run",
+        "gristmill.data.store.adopt:run",
         "adopt litdata datasets where they are, and packed files as copies",
         MANY_INPUTS,
     ),

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 
 POINTS = [
     "gristmill.data.prepare:build",
-    "gristmill.data.finalize:_placed",
-    "gristmill.data.workspace:_rename_new",
+    "gristmill.data.preparation.finalize:_placed",
+    "gristmill.data.preparation.workspace:_rename_new",
     "gristmill.train.directory:write",
     "gristmill.train.fit:train_step",
     "gristmill.train.fit:validate",

@@ -27,8 +27,8 @@ import pytest
 from small import MODEL, final_weights, metrics, train_tokenizer, write_novels
 
 from gristmill.cli import main
-from gristmill.data.dataset import Dataset
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 
 pytestmark = pytest.mark.slow
 
@@ -343,7 +343,7 @@ def two_windows(stream: TokenStream) -> int:
 
 
 def read_as_rank(rank: int, url: str, cache: Path, limit: int, log: Path, barrier) -> None:
-    from gristmill.data.chunk_cache import ChunkCache
+    from gristmill.data.reading.chunk_cache import ChunkCache
 
     kept = ChunkCache(cache, limit)
     stream = TokenStream(Dataset.open(url, cache=kept), SEQ_LEN, seed=42)

@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from data.conftest import make_text, save_tokenizer, tree
 from data.s3 import bucket, s3_server, stored, upload  # noqa: F401
 
+from gristmill.data.preparation.workspace import Workspace
 from gristmill.data.storage import Storage, is_url
-from gristmill.data.workspace import Workspace
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,7 @@ WAIT_S = 120
 COMMAND = """
 import sys
 from gristmill.cli import main
-from gristmill.data import plan
+from gristmill.data.preparation import plan
 
 plan._MIN_UNIT_BYTES, plan._UNITS_WANTED = 25_000, 1000
 sys.exit(main(["prepare", *sys.argv[1:]]))

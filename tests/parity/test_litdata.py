@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gristmill.cli import main
 from gristmill.config.commands import Prepare
-from gristmill.data.dataset import Dataset
 from gristmill.data.prepare import prepare
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 READ = """

@@ -19,16 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gristmill.config.data import DataModule, LitData, Mixture, RawText, Records, TextFiles
-from gristmill.data import layouts, manifest, summary
-from gristmill.data.corpus import CacheLimit, Corpus, LaterWeights, Part, name_of
-from gristmill.data.documents import Input
-from gristmill.data.executors.local import available_cores
-from gristmill.data.inputs import CACHE, list_inputs, root_of
-from gristmill.data.job import Job, recipe_for
-from gristmill.data.plan import VERSION, Recipe, make_plan
+from gristmill.data.preparation import summary
+from gristmill.data.preparation.executors.local import available_cores
+from gristmill.data.preparation.job import Job, recipe_for
+from gristmill.data.preparation.plan import VERSION, Recipe, make_plan
+from gristmill.data.preparation.workspace import Workspace, datasets_in
 from gristmill.data.prepare import build
+from gristmill.data.raw import layouts
+from gristmill.data.raw.documents import Input
+from gristmill.data.raw.inputs import CACHE, list_inputs, root_of
+from gristmill.data.reading.corpus import CacheLimit, Corpus, LaterWeights, Part, name_of
 from gristmill.data.storage import Storage, is_url
-from gristmill.data.workspace import Workspace, datasets_in
+from gristmill.data.store import manifest
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_cache_dir

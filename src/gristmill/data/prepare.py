@@ -23,19 +23,20 @@ import time
 from collections.abc import Iterator, Sequence
 
 from gristmill.config.commands import Prepare
-from gristmill.data import layouts, sources, status, summary
-from gristmill.data.executors import Failure, Task, array, local
-from gristmill.data.executors.array import Array
-from gristmill.data.executors.work import write_error
-from gristmill.data.finalize import finalize
-from gristmill.data.finished import REMOVE, Made, finished
-from gristmill.data.job import Job, jobs
 from gristmill.data.look.page import size
-from gristmill.data.plan import Plan, make_plan, sample_texts
-from gristmill.data.progress import Meter
+from gristmill.data.preparation import status, summary
+from gristmill.data.preparation.executors import Failure, Task, array, local
+from gristmill.data.preparation.executors.array import Array
+from gristmill.data.preparation.executors.work import write_error
+from gristmill.data.preparation.finalize import finalize
+from gristmill.data.preparation.finished import REMOVE, Made, finished
+from gristmill.data.preparation.job import Job, jobs
+from gristmill.data.preparation.plan import Plan, make_plan, sample_texts
+from gristmill.data.preparation.progress import Meter
+from gristmill.data.preparation.swap import beside, finish_swap, swap
+from gristmill.data.preparation.workspace import JOB, Workspace, check_replaceable, datasets_in
+from gristmill.data.raw import layouts, sources
 from gristmill.data.storage import Storage
-from gristmill.data.swap import beside, finish_swap, swap
-from gristmill.data.workspace import JOB, Workspace, check_replaceable, datasets_in
 from gristmill.tokenizer.engines import EngineChoice, choose_engine
 from gristmill.util.errors import Interrupted, RunError, UserError
 
@@ -183,7 +184,7 @@ def _run(plan: Plan, job: Job, space: Workspace, units: Sequence[int]) -> list[F
                     return local.run(task, units, executor, meter.update)
                 if isinstance(executor, Array):
                     return array.run(task, units, executor, meter.update)
-                from gristmill.data.executors import ray as cluster
+                from gristmill.data.preparation.executors import ray as cluster
 
                 return cluster.run(task, units, executor, meter.update)
         except KeyboardInterrupt as stop:

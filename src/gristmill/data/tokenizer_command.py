@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from gristmill.config.commands import TokenizerTrain
-from gristmill.data import layouts, sources
-from gristmill.data.documents import Format, Input, Reject
-from gristmill.data.readers.compressed import is_compressed
-from gristmill.data.select import Selection
-from gristmill.data.summary import count
+from gristmill.data.preparation.summary import count
+from gristmill.data.raw import layouts, sources
+from gristmill.data.raw.documents import Format, Input, Reject
+from gristmill.data.raw.readers.compressed import is_compressed
+from gristmill.data.raw.select import Selection
 from gristmill.tokenizer.train import Trained, already_there, special_tokens, train_bpe
 from gristmill.util.errors import UserError
 

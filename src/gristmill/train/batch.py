@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gristmill.data.stream import Batch
+from gristmill.data.reading.stream import Batch
 from gristmill.models.loss import IGNORE
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import nn
 from gristmill import __version__
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, discard_after, read_record
-from gristmill.data.corpus import MANY_EPOCHS
+from gristmill.data.reading.corpus import MANY_EPOCHS
 from gristmill.models.counts import num_parameters
 from gristmill.models.device import describe
 from gristmill.track.console import Console, count, duration

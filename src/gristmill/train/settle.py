@@ -20,11 +20,11 @@ from gristmill.config.commands import Pretrain
 from gristmill.config.data import DataModule, LitData, Mixture
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
-from gristmill.data.corpus import Corpus
 from gristmill.data.modules import open_datasets
+from gristmill.data.reading.corpus import Corpus
+from gristmill.data.reading.stream import Batch, TokenStream
+from gristmill.data.reading.training import document_mask, training_stream
 from gristmill.data.storage import is_url
-from gristmill.data.stream import Batch, TokenStream
-from gristmill.data.training import document_mask, training_stream
 from gristmill.formats.model_dir import read_config
 from gristmill.models import counts, zoo
 from gristmill.models.check import check_config

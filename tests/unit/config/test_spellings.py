@@ -10,7 +10,7 @@ import pytest
 from gristmill.config import data
 from gristmill.config.commands import Download, Prepare, Pretrain, RayCluster, TokenizerTrain
 from gristmill.config.parse import parse, to_yaml
-from gristmill.data import layouts
+from gristmill.data.raw import layouts
 from gristmill.util.errors import UserError
 
 

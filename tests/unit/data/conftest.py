@@ -10,10 +10,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from gristmill.config.commands import Prepare
-from gristmill.data import plan
-from gristmill.data.executors import local
+from gristmill.data.preparation import plan
+from gristmill.data.preparation.executors import local
+from gristmill.data.preparation.workspace import JOB
 from gristmill.data.prepare import prepare
-from gristmill.data.workspace import JOB
 
 WORDS = (Path(__file__).read_text(encoding="utf-8") + " été naïve 中文 🙂 forêt").split()
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import zstandard
 
-from gristmill.data import chunk_table, manifest
-from gristmill.data.chunk_table import ChunkTable
-from gristmill.data.chunks import index_json, write_chunk
-from gristmill.data.dataset import Dataset, described
+from gristmill.data.store import chunk_table, manifest
+from gristmill.data.store.chunk_table import ChunkTable
+from gristmill.data.store.chunks import index_json, write_chunk
+from gristmill.data.store.dataset import Dataset, described
 
 
 def make_dataset(

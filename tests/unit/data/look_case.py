@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gristmill.data.chunks import index_json, write_chunk
+from gristmill.data.store.chunks import index_json, write_chunk
 
 
 def write_dataset(folder: Path, chunks: list[list[int]], *, first_id: int = 0) -> Path:

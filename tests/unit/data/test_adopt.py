@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from gristmill.config.data_commands import DataImport
-from gristmill.data import adopt, manifest, verify
-from gristmill.data.dataset import Dataset
+from gristmill.data.store import adopt, manifest, verify
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import save_tokenizer, tree

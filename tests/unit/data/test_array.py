@@ -10,11 +10,11 @@ import pytest
 
 from gristmill.config.commands import Prepare
 from gristmill.data import prepare
-from gristmill.data.dataset import Dataset
-from gristmill.data.executors import local
-from gristmill.data.executors.array import Array, mine, place
+from gristmill.data.preparation.executors import local
+from gristmill.data.preparation.executors.array import Array, mine, place
+from gristmill.data.preparation.workspace import Workspace
 from gristmill.data.storage import Storage
-from gristmill.data.workspace import Workspace
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.engines import EngineChoice
 from gristmill.util.errors import UserError
 

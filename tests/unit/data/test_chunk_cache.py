@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from gristmill.data import chunk_cache
-from gristmill.data.chunk_cache import ChunkCache, Wanted
-from gristmill.data.chunks import map_chunk, write_chunk
+from gristmill.data.reading import chunk_cache
+from gristmill.data.reading.chunk_cache import ChunkCache, Wanted
 from gristmill.data.storage import Storage
+from gristmill.data.store.chunks import map_chunk, write_chunk
 from gristmill.util.errors import RunError
 
 TOKENS = 500
@@ -309,8 +309,8 @@ def test_a_cache_that_nobody_has_any_more_ends_its_threads(tmp_path, records):
 
 _DEAD_STORE = """
 import sys, threading, time
-from gristmill.data.chunk_cache import ChunkCache, Wanted
-from gristmill.data.chunks import ChunkRecord
+from gristmill.data.reading.chunk_cache import ChunkCache, Wanted
+from gristmill.data.store.chunks import ChunkRecord
 from gristmill.data.storage import Storage
 from pathlib import Path
 

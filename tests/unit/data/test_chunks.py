@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data.chunks import (
+from gristmill.data.store.chunks import (
     MAX_CHUNK_TOKENS,
     adopt,
     dtype_for,

@@ -12,9 +12,9 @@ import pytest
 import zstandard
 
 from gristmill.config.data import OpenWebText, TinyStories
-from gristmill.data import layouts
-from gristmill.data.dataset import Dataset
 from gristmill.data.modules import open_datasets
+from gristmill.data.raw import layouts
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 

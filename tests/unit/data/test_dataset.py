@@ -8,11 +8,11 @@ import resource
 import numpy as np
 import pytest
 
-from gristmill.data import manifest
-from gristmill.data.chunk_table import ChunkTable
-from gristmill.data.chunks import ChunkRecord
-from gristmill.data.dataset import Dataset
 from gristmill.data.storage import Storage
+from gristmill.data.store import manifest
+from gristmill.data.store.chunk_table import ChunkTable
+from gristmill.data.store.chunks import ChunkRecord
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 from .datasets import make_dataset, write_litdata

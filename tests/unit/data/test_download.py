@@ -13,9 +13,9 @@ import pytest
 from gristmill.cli import main
 from gristmill.config.commands import Download
 from gristmill.config.parse import parse
-from gristmill.data import download as command
-from gristmill.data import fetch
-from gristmill.data.download import download
+from gristmill.data.raw import download as command
+from gristmill.data.raw import fetch
+from gristmill.data.raw.download import download
 from gristmill.util.errors import RunError, UserError
 
 from .fake_hub import Hub, Repository
@@ -405,7 +405,7 @@ def test_a_dataset_of_the_hub_is_read_where_it_is(hub, tmp_path):
         }
     )
     code = (
-        "from gristmill.data import sources\n"
+        "from gristmill.data.raw import sources\n"
         "for text in sources.iter_documents('hf://datasets/org/stories', 'jsonl'):\n"
         "    print(text.split()[1])\n"
     )

@@ -72,8 +72,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from gristmill.data.dataset import Dataset
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
 

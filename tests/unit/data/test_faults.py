@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gristmill.data import parts, prepare, workspace
-from gristmill.data.dataset import Dataset
+from gristmill.data import prepare
+from gristmill.data.preparation import parts, workspace
+from gristmill.data.preparation.workspace import Workspace
 from gristmill.data.storage import Storage
-from gristmill.data.workspace import Workspace
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 
@@ -149,7 +150,8 @@ def test_a_reader_that_leaves_costs_nothing(closed, buffers, records, tokenizer_
     table = pa.table({"text": [json.loads(line)["text"] for line in records.open()]})
     pq.write_table(table, records.parent / "a.parquet")
     (records.parent / "cut.parquet").write_bytes(b"PAR")  # something is said on the way
-    script = "import sys; from gristmill.data import progress; progress._PLAIN_INTERVAL_S = 0.0\n"
+    script = "import sys; from gristmill.data.preparation import progress\n"
+    script += "progress._PLAIN_INTERVAL_S = 0.0\n"
     script += "from gristmill.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "prepare", "parquet", "--num_workers", "1"]
     command += ["--input_dir", records.parent, "--output_dir", tmp_path / "out"]

@@ -6,17 +6,17 @@ import weakref
 import numpy as np
 import pytest
 
-from gristmill.data import finalize as module
-from gristmill.data import manifest, verify
-from gristmill.data.chunks import write_chunk
-from gristmill.data.dataset import Dataset
-from gristmill.data.documents import Input
-from gristmill.data.finalize import finalize
-from gristmill.data.plan import Plan, Recipe, Units
-from gristmill.data.split import Split
+from gristmill.data.preparation import finalize as module
+from gristmill.data.preparation.finalize import finalize
+from gristmill.data.preparation.plan import Plan, Recipe, Units
+from gristmill.data.preparation.split import Split
+from gristmill.data.preparation.units import REJECTS, Quarantined, SplitRecord, UnitRecord
+from gristmill.data.preparation.workspace import LocalWorkspace
+from gristmill.data.raw.documents import Input
 from gristmill.data.storage import Storage
-from gristmill.data.units import REJECTS, Quarantined, SplitRecord, UnitRecord
-from gristmill.data.workspace import LocalWorkspace
+from gristmill.data.store import manifest, verify
+from gristmill.data.store.chunks import write_chunk
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.engines import EngineChoice
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError

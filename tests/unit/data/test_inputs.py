@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.data import inputs
-from gristmill.data.inputs import list_inputs, root_of
+from gristmill.data.raw import inputs
+from gristmill.data.raw.inputs import list_inputs, root_of
 from gristmill.data.storage import Storage
 from gristmill.util.errors import UserError
 

@@ -12,14 +12,14 @@ import time
 import psutil
 import pytest
 
-from gristmill.data import workspace
+from gristmill.data.preparation import workspace
 
 from .conftest import make_text, tree
 
 SCRIPT = """
 import sys
 from gristmill.config.commands import Prepare
-from gristmill.data import plan
+from gristmill.data.preparation import plan
 from gristmill.data.prepare import prepare
 
 plan._MIN_UNIT_BYTES = 150_000

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.data import layouts
+from gristmill.data.raw import layouts
 from gristmill.util.errors import UserError
 
 PAGES = Path(__file__).parents[3] / "docs" / "corpora"

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from gristmill.data import documents, inputs
-from gristmill.data.plan import Recipe, make_plan
-from gristmill.data.sources import read_span
-from gristmill.data.units import run_unit
+from gristmill.data.preparation.plan import Recipe, make_plan
+from gristmill.data.preparation.units import run_unit
+from gristmill.data.raw import documents, inputs
+from gristmill.data.raw.sources import read_span
 from gristmill.tokenizer import long_text
 from gristmill.tokenizer.tokenizer import Tokenizer
 
@@ -120,9 +120,9 @@ def test_a_long_file_that_is_no_text_is_rejected_without_a_trace(
 MEASURE = """
 import resource, sys
 from pathlib import Path
-from gristmill.data import inputs
-from gristmill.data.plan import Recipe, make_plan
-from gristmill.data.units import run_unit
+from gristmill.data.raw import inputs
+from gristmill.data.preparation.plan import Recipe, make_plan
+from gristmill.data.preparation.units import run_unit
 from gristmill.tokenizer.tokenizer import Tokenizer
 
 source, out, tokenizer_dir, records = sys.argv[1:]

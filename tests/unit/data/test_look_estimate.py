@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from gristmill.config.data_commands import DataEstimate
-from gristmill.data.dataset import Dataset
 from gristmill.data.look import estimate, pieces
 from gristmill.data.storage import Storage
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 from .conftest import make_text

@@ -11,12 +11,12 @@ import xxhash
 from gristmill.config.commands import Pretrain
 from gristmill.config.data import LitData
 from gristmill.config.data_commands import DataInspect
-from gristmill.data.dataset import Dataset
 from gristmill.data.look import inspect, runs
 from gristmill.data.look.page import Page
 from gristmill.data.look.places import Places
 from gristmill.data.look.transcript import Transcript, cut, lines
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 

@@ -8,9 +8,9 @@ import pytest
 import xxhash
 
 from gristmill.cli import main
-from gristmill.data.chunk_cache import ChunkCache
-from gristmill.data.dataset import Dataset
 from gristmill.data.look import find
+from gristmill.data.reading.chunk_cache import ChunkCache
+from gristmill.data.store.dataset import Dataset
 
 from .conftest import make_text, save_tokenizer
 from .test_look_inspect import all_documents
@@ -237,7 +237,7 @@ def test_runs_on_raw_text_and_on_modules_of_ones_own(
     source = f"""
 from dataclasses import dataclass
 from gristmill.config.data import DataModule
-from gristmill.data.corpus import LaterWeights, Part
+from gristmill.data.reading.corpus import LaterWeights, Part
 from gristmill.data.modules import Datasets
 
 @dataclass

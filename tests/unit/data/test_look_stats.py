@@ -5,8 +5,8 @@ import json
 import pytest
 
 from gristmill.config.data_commands import DataStats
-from gristmill.data.dataset import Dataset
 from gristmill.data.look import find, lengths, stats
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 from .look_case import write_dataset

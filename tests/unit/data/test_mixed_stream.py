@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data.chunk_cache import ChunkCache
-from gristmill.data.dataset import Dataset
-from gristmill.data.mixture import Mixture, Stage
+from gristmill.data.reading.chunk_cache import ChunkCache
+from gristmill.data.reading.mixture import Mixture, Stage
+from gristmill.data.reading.stream import TokenStream
 from gristmill.data.storage import Storage
-from gristmill.data.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 
 from .datasets import make_dataset
 from .test_chunk_cache import Faulty, settle
@@ -129,7 +129,7 @@ def remote(sources, cache, **faults) -> list[Dataset]:
 
 
 def test_from_an_object_store_the_stream_is_the_same(sources, tmp_path, monkeypatch):
-    monkeypatch.setattr("gristmill.data.chunk_cache._FIRST_DELAY_S", 0.001)
+    monkeypatch.setattr("gristmill.data.reading.chunk_cache._FIRST_DELAY_S", 0.001)
     largest = max(int(d.chunks.sizes.max()) for d in sources)
     cache = ChunkCache(tmp_path, 74 * largest)
     faults = {c.name: ["503", "truncated", "corrupt"] for c in list(sources[0].chunks)[::5]}
@@ -173,8 +173,8 @@ def test_chunks_are_fetched_before_they_are_needed(sources, tmp_path):
 
 
 def test_the_next_window_is_in_view_from_afar(tmp_path, monkeypatch):
-    monkeypatch.setattr("gristmill.data.look_ahead._MAX_BATCHES", 4)
-    monkeypatch.setattr("gristmill.data.look_ahead._BLOCK_SAMPLES", 100)
+    monkeypatch.setattr("gristmill.data.reading.look_ahead._MAX_BATCHES", 4)
+    monkeypatch.setattr("gristmill.data.reading.look_ahead._BLOCK_SAMPLES", 100)
     made = make_dataset(tmp_path / "data", [[10 * SEQ_LEN + 1]] * 150)
     cache = ChunkCache(tmp_path / "cache", 100 * int(made.chunks.sizes[0]))
     (store,) = remote([made], cache)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.data.mixture import Mixture, Stage
+from gristmill.data.reading.mixture import Mixture, Stage
 
 weights = st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(lambda w: sum(w) > 0)
 

@@ -9,8 +9,8 @@ import pytest
 
 from gristmill.config.data import DataModule, Jsonl, LitData, TextFiles
 from gristmill.data import modules, prepare
-from gristmill.data.dataset import Dataset
 from gristmill.data.modules import Datasets, open_datasets
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 from .conftest import make_text, save_tokenizer

@@ -16,13 +16,13 @@ import sys
 
 import pytest
 
-from gristmill.data import object_workspace, status
-from gristmill.data.executors import Task, local, work
-from gristmill.data.executors.work import Work
-from gristmill.data.object_workspace import ObjectWorkspace
+from gristmill.data.preparation import object_workspace, status
+from gristmill.data.preparation.executors import Task, local, work
+from gristmill.data.preparation.executors.work import Work
+from gristmill.data.preparation.object_workspace import ObjectWorkspace
+from gristmill.data.preparation.units import Progress
+from gristmill.data.preparation.workspace import NAME, LocalWorkspace
 from gristmill.data.storage import Storage
-from gristmill.data.units import Progress
-from gristmill.data.workspace import NAME, LocalWorkspace
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import make_text, tree

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data import order
+from gristmill.data.reading import order
 
 EDGES = sorted({2**k + d for k in range(13) for d in (-1, 0, 1)})
 

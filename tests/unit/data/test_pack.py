@@ -17,11 +17,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data import pack
-from gristmill.data.dataset import Dataset
-from gristmill.data.mixture import Mixture, Stage
-from gristmill.data.pack import find_plan, pack_chunk, pack_lengths
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading import pack
+from gristmill.data.reading.mixture import Mixture, Stage
+from gristmill.data.reading.pack import find_plan, pack_chunk, pack_lengths
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 from .datasets import documents_of, make_dataset, write_litdata

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from gristmill.config.data_commands import DataImport
-from gristmill.data import adopt, packed, verify
-from gristmill.data.dataset import Dataset
 from gristmill.data.look.lengths import document_lengths
+from gristmill.data.store import adopt, packed, verify
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 SEPARATOR = 2

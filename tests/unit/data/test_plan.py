@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import zstandard
 
-from gristmill.data import plan, sources
-from gristmill.data.documents import FILTERED, DataError, Input, Reject, Unreadable
-from gristmill.data.plan import Plan, Recipe, lay_out, make_plan, sample_texts
-from gristmill.data.split import FEW_DOCUMENTS, VAL, Split
+from gristmill.data.preparation import plan
+from gristmill.data.preparation.plan import Plan, Recipe, lay_out, make_plan, sample_texts
+from gristmill.data.preparation.split import FEW_DOCUMENTS, VAL, Split
+from gristmill.data.raw import sources
+from gristmill.data.raw.documents import FILTERED, DataError, Input, Reject, Unreadable
 from gristmill.data.storage import Storage
 from gristmill.util.errors import UserError
 

@@ -10,11 +10,12 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from gristmill.config.commands import Prepare, RayCluster
-from gristmill.data import finalize, parts, prepare, units, workspace
-from gristmill.data.dataset import Dataset
-from gristmill.data.executors import work
+from gristmill.data import prepare
+from gristmill.data.preparation import finalize, parts, units, workspace
+from gristmill.data.preparation.executors import work
+from gristmill.data.preparation.workspace import JOB, LocalWorkspace
 from gristmill.data.storage import Storage
-from gristmill.data.workspace import JOB, LocalWorkspace
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import Interrupted, UserError
 

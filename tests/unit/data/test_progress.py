@@ -4,11 +4,11 @@ import io
 
 import pytest
 
-from gristmill.data import progress, summary
-from gristmill.data.dataset import Dataset
-from gristmill.data.progress import Meter, duration
+from gristmill.data.preparation import progress, summary
+from gristmill.data.preparation.progress import Meter, duration
+from gristmill.data.preparation.units import Progress
 from gristmill.data.storage import Storage
-from gristmill.data.units import Progress
+from gristmill.data.store.dataset import Dataset
 
 
 @pytest.mark.parametrize(

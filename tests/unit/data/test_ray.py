@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 
 from gristmill.config.commands import RayCluster
-from gristmill.data.documents import DataError
-from gristmill.data.executors import Failure, Task
-from gristmill.data.executors import ray as cluster
-from gristmill.data.executors import work as work_module
-from gristmill.data.units import Progress
-from gristmill.data.workspace import NAME
+from gristmill.data.preparation.executors import Failure, Task
+from gristmill.data.preparation.executors import ray as cluster
+from gristmill.data.preparation.executors import work as work_module
+from gristmill.data.preparation.units import Progress
+from gristmill.data.preparation.workspace import NAME
+from gristmill.data.raw.documents import DataError
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import tree
@@ -292,7 +292,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
 COMMAND = """
 import sys
 from gristmill.cli import main
-from gristmill.data import plan
+from gristmill.data.preparation import plan
 
 plan._MIN_UNIT_BYTES, plan._UNITS_WANTED = 8000, 1000
 sys.exit(main(["prepare", "textfiles", *sys.argv[1:]]))

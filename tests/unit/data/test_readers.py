@@ -13,12 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gristmill.data import documents, sources
-from gristmill.data.documents import FILTERED, DataError, Format, Input, Reject, Span, Unreadable
-from gristmill.data.inputs import list_inputs, root_of
-from gristmill.data.readers.long_json import LongJson, Outline, cut_point
-from gristmill.data.readers.reading import Reading
-from gristmill.data.select import Selection
+from gristmill.data.raw import documents, sources
+from gristmill.data.raw.documents import (
+    FILTERED,
+    DataError,
+    Format,
+    Input,
+    Reject,
+    Span,
+    Unreadable,
+)
+from gristmill.data.raw.inputs import list_inputs, root_of
+from gristmill.data.raw.readers.long_json import LongJson, Outline, cut_point
+from gristmill.data.raw.readers.reading import Reading
+from gristmill.data.raw.select import Selection
 from gristmill.data.storage import Storage
 from gristmill.util.errors import RunError
 
@@ -63,7 +71,7 @@ def test_text_files(tmp_path):
 @pytest.mark.parametrize("longest", [3, 8, 100])
 def test_parts_of_a_text_file_are_judged_one_by_one(tmp_path, monkeypatch, longest):
     monkeypatch.setattr(documents, "LONG_BYTES", longest)
-    monkeypatch.setattr("gristmill.data.readers.text._BLOCK_BYTES", 5)
+    monkeypatch.setattr("gristmill.data.raw.readers.text._BLOCK_BYTES", 5)
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffé".encode() + b"\r\n\r\nto\0\r\nlast \xff one\r\n the end")
     first, empty, binary, broken, last = read(path, Format("text", separator="\r\n"))
@@ -83,7 +91,7 @@ def test_text_is_parted_as_split_does(tmp_path_factory, text, separator, longest
     path.write_text(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "LONG_BYTES", longest)
-        patch.setattr("gristmill.data.readers.text._BLOCK_BYTES", block)
+        patch.setattr("gristmill.data.raw.readers.text._BLOCK_BYTES", block)
         assert read(path, Format("text", separator=separator)) == text.split(separator)
         assert read(path, TEXT) == [text]
 
@@ -111,7 +119,9 @@ BAD_RECORDS = [
 @pytest.mark.parametrize(("line", "reason"), BAD_RECORDS)
 def test_a_bad_line_costs_one_line(tmp_path, monkeypatch, line, reason, field, longest):
     monkeypatch.setattr(documents, "LONG_BYTES", longest)
-    monkeypatch.setattr("gristmill.data.readers.jsonl._BLOCK_BYTES", 1 << 19 if longest > 8 else 5)
+    monkeypatch.setattr(
+        "gristmill.data.raw.readers.jsonl._BLOCK_BYTES", 1 << 19 if longest > 8 else 5
+    )
     path = tmp_path / "a.jsonl"
     good = b'{"text.in": "one", "text": "one"}'
     path.write_bytes(good + b"\r\n\n" + line + b"\n  \n" + good + b"\n\r\n" + good)
@@ -137,7 +147,9 @@ def test_details_of_bad_lines(tmp_path):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "b.json"])
 def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch, name, longest):
     monkeypatch.setattr(documents, "LONG_BYTES", longest)
-    monkeypatch.setattr("gristmill.data.readers.jsonl._BLOCK_BYTES", 1 << 19 if longest > 8 else 5)
+    monkeypatch.setattr(
+        "gristmill.data.raw.readers.jsonl._BLOCK_BYTES", 1 << 19 if longest > 8 else 5
+    )
     line = b'{"text": "one"}'
     data = b"[" + line + b"]" if name == "b.json" else line + b"\n" + line
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
@@ -270,7 +282,7 @@ def test_arrays_of_any_records_are_parted(tmp_path_factory, rows, block, indent,
     path.write_text(json.dumps(rows, indent=indent, ensure_ascii=bool(block % 2)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "LONG_BYTES", longest)
-        patch.setattr("gristmill.data.readers.json_array._BLOCK_BYTES", block)
+        patch.setattr("gristmill.data.raw.readers.json_array._BLOCK_BYTES", block)
         assert read(path) == [row["text"] for row in rows]
 
 
@@ -298,8 +310,8 @@ def test_long_records_of_any_text(text, other, ascii_only, step, piece):
     data = json.dumps(record, ensure_ascii=ascii_only).encode()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "LONG_BYTES", 3)
-        patch.setattr("gristmill.data.readers.long_json._STRING_BYTES", 12)
-        patch.setattr("gristmill.data.readers.long_json._PIECE_BYTES", piece)
+        patch.setattr("gristmill.data.raw.readers.long_json._STRING_BYTES", 12)
+        patch.setattr("gristmill.data.raw.readers.long_json._PIECE_BYTES", piece)
         assert outline(data, step) == [text]
 
 
@@ -320,7 +332,7 @@ def test_a_million_backslashes():
 
 
 def test_long_records_without_a_long_text(monkeypatch):
-    monkeypatch.setattr("gristmill.data.readers.long_json._STRING_BYTES", 12)
+    monkeypatch.setattr("gristmill.data.raw.readers.long_json._STRING_BYTES", 12)
     long = b'"' + b"x" * 100 + b'"'
     assert outline(b'{"m": ' + long + b', "text": "short"}', 9) == ["short"]
     assert reasons(outline(b'{"m": ' + long + b"}", 9)) == ["no field 'text'"]
@@ -333,7 +345,7 @@ def test_long_records_without_a_long_text(monkeypatch):
 
 
 def test_a_record_too_large_for_its_outline(monkeypatch):
-    monkeypatch.setattr("gristmill.data.readers.long_json._OUTLINE_BYTES", 50)
+    monkeypatch.setattr("gristmill.data.raw.readers.long_json._OUTLINE_BYTES", 50)
     data = b'{"text": "a", "list": [' + b"1, " * 100 + b"1]}"
     (reject,) = outline(data, 9)
     assert (reject.reason, reject.at) == ("record too large", 7)
@@ -465,7 +477,7 @@ def test_empty_tables(tmp_path):
 
 
 def test_batches_of_large_texts_have_few_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr("gristmill.data.readers.parquet._BATCH_BYTES", 1000)
+    monkeypatch.setattr("gristmill.data.raw.readers.parquet._BATCH_BYTES", 1000)
     table = pa.table({"text": [f"{n}" * 300 for n in range(9)]})
     pq.write_table(table, tmp_path / "a.parquet")
     seen = []

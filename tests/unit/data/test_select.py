@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gristmill.data.select import MISSING, Selection, load_map, look_up
+from gristmill.data.raw.select import MISSING, Selection, load_map, look_up
 from gristmill.util.errors import RunError, UserError
 
 RECORD = {

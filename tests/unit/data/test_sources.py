@@ -20,11 +20,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data import documents, sources
-from gristmill.data.documents import DataError, Format, Input, Reject, Span, Unreadable
-from gristmill.data.inputs import list_inputs, root_of
-from gristmill.data.select import Selection
-from gristmill.data.sources import is_parted, iter_documents
+from gristmill.data.raw import documents, sources
+from gristmill.data.raw.documents import DataError, Format, Input, Reject, Span, Unreadable
+from gristmill.data.raw.inputs import list_inputs, root_of
+from gristmill.data.raw.select import Selection
+from gristmill.data.raw.sources import is_parted, iter_documents
 from gristmill.data.storage import Storage
 from gristmill.util.errors import UserError
 
@@ -104,7 +104,7 @@ def test_every_form_gives_the_same_documents(place, name):
 @pytest.mark.parametrize("name", [n for n in FILES if "parquet" not in n])
 @pytest.mark.parametrize("block", [1, 50, 700])
 def test_a_store_is_read_in_advance(monkeypatch, name, block):
-    monkeypatch.setattr("gristmill.data.readers.reading._AHEAD_BYTES", block)
+    monkeypatch.setattr("gristmill.data.raw.readers.reading._AHEAD_BYTES", block)
     place = f"memory://{uuid.uuid4().hex}/data"
     Storage(place).write(name, FILES[name])
     assert read(f"{place}/{name}", RECORDS) == TEXTS
@@ -164,7 +164,7 @@ def test_cut_anywhere_every_line_is_read_once(tmp_path_factory, kind, crlf, cuts
     path.write_bytes(compress(kind, LINES.replace(b"\n", b"\r\n") if crlf else LINES))
     ends = [0, *sorted(cuts), -1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gristmill.data.readers.jsonl._BLOCK_BYTES", block)
+        patch.setattr("gristmill.data.raw.readers.jsonl._BLOCK_BYTES", block)
         patch.setattr(documents, "LONG_BYTES", longest)
         found = [t for a, b in zip(ends, ends[1:], strict=False) for t in read(path, RECORDS, a, b)]
     assert found == TEXTS
@@ -294,7 +294,7 @@ def test_parquet_from_an_object_store(bucket, monkeypatch):
     Storage(bucket).write("a.parquet", parquet_bytes(table))
     selection = Selection.from_settings({"lang": "en"})
     for most in (1 << 30, 0):
-        monkeypatch.setattr("gristmill.data.readers.parquet._MAX_FETCHED_BYTES", most)
+        monkeypatch.setattr("gristmill.data.raw.readers.parquet._MAX_FETCHED_BYTES", most)
         (item,) = list_inputs(bucket, "*")
         found = sources.read_span(
             RECORDS, Storage(bucket), item, Span(0, 0, -1), selection=selection
@@ -327,9 +327,9 @@ BROKEN = b'{"text": "' + b"x" * 100_000 + b'\xff"}\n'
 def test_a_long_document_comes_in_pieces(place, kind, monkeypatch):
     monkeypatch.setattr(documents, "LONG_BYTES", 20_000)
     for reader in ("long_json", "columns"):
-        monkeypatch.setattr(f"gristmill.data.readers.{reader}._PIECE_BYTES", 1001)
+        monkeypatch.setattr(f"gristmill.data.raw.readers.{reader}._PIECE_BYTES", 1001)
     for reader in ("text", "jsonl", "json_array"):
-        monkeypatch.setattr(f"gristmill.data.readers.{reader}._BLOCK_BYTES", 777)
+        monkeypatch.setattr(f"gristmill.data.raw.readers.{reader}._BLOCK_BYTES", 777)
     texts = ["before", LONG, "between", LONG + "!", "after"]
     lines = "\n".join(json.dumps({"id": [1], "text": t, "m": {"x": 1}}) for t in texts).encode()
     table = pa.table({"text": texts})
@@ -372,7 +372,7 @@ def test_a_long_document_need_not_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.parquet"])
 def test_a_long_document_that_turns_out_bad(tmp_path, name, monkeypatch):
     monkeypatch.setattr(documents, "LONG_BYTES", 20_000)
-    monkeypatch.setattr("gristmill.data.readers.jsonl._BLOCK_BYTES", 5000)
+    monkeypatch.setattr("gristmill.data.raw.readers.jsonl._BLOCK_BYTES", 5000)
     good = LINES.splitlines()[0] + b"\n"
     cell = pa.array([b"x" * 100_000 + b"\xff"], pa.binary())
     data = {
@@ -402,9 +402,9 @@ def test_a_long_document_that_turns_out_bad(tmp_path, name, monkeypatch):
 
 MEASURE = """
 import re, sys
-from gristmill.data import sources
-from gristmill.data.documents import Format, Span
-from gristmill.data.inputs import list_inputs, root_of
+from gristmill.data.raw import sources
+from gristmill.data.raw.documents import Format, Span
+from gristmill.data.raw.inputs import list_inputs, root_of
 
 def peak_mb():
     # Unlike ru_maxrss, not what the process was forked from.

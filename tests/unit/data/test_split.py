@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data import split as module
-from gristmill.data.split import BLOCK_BYTES, VAL, Split, blocks, plan_split, streamed_blocks
+from gristmill.data.preparation import split as module
+from gristmill.data.preparation.split import (
+    BLOCK_BYTES,
+    VAL,
+    Split,
+    blocks,
+    plan_split,
+    streamed_blocks,
+)
 from gristmill.util.errors import UserError
 
 from .conftest import make_text

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from gristmill.config.commands import Prepare
-from gristmill.data import prepare, status
-from gristmill.data.executors import local
+from gristmill.data import prepare
+from gristmill.data.preparation import status
+from gristmill.data.preparation.executors import local
 from gristmill.data.storage import Storage
 from gristmill.util.errors import Interrupted, UserError
 

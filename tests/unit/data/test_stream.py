@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.data.dataset import Dataset
-from gristmill.data.stream import TokenStream
+from gristmill.data.reading.stream import TokenStream
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 from .datasets import make_dataset

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gristmill.data import documents, sources, split, units
-from gristmill.data.chunks import ChunkRecord, map_chunk
-from gristmill.data.documents import FILTERED, DataError, Input, Reject, Unreadable
-from gristmill.data.plan import Plan, Recipe, Units
-from gristmill.data.split import Split
+from gristmill.data.preparation import split, units
+from gristmill.data.preparation.plan import Plan, Recipe, Units
+from gristmill.data.preparation.split import Split
+from gristmill.data.preparation.units import UnitRecord, chunk_name, joins, read_record, run_unit
+from gristmill.data.raw import documents, sources
+from gristmill.data.raw.documents import FILTERED, DataError, Input, Reject, Unreadable
 from gristmill.data.storage import Storage
-from gristmill.data.units import UnitRecord, chunk_name, joins, read_record, run_unit
+from gristmill.data.store.chunks import ChunkRecord, map_chunk
 from gristmill.tokenizer import long_text
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
@@ -155,7 +156,7 @@ def test_batches_do_not_show(world, monkeypatch):
 
 
 def test_blocks_bound_what_is_gathered(world, monkeypatch):
-    monkeypatch.setattr("gristmill.data.parts._BLOCK_TOKENS", 3_000)
+    monkeypatch.setattr("gristmill.data.preparation.parts._BLOCK_TOKENS", 3_000)
     monkeypatch.setattr(units, "_BATCH_TEXTS", 5)
     record = world.run(world.plan({"a.txt": TEXTS}))
     found = world.documents(record)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from gristmill.config.data_commands import DataImport, DataVerify
-from gristmill.data import adopt, chunk_table, manifest, verify
-from gristmill.data.chunk_table import ChunkTable
-from gristmill.data.dataset import Dataset
 from gristmill.data.storage import Storage
+from gristmill.data.store import adopt, chunk_table, manifest, verify
+from gristmill.data.store.chunk_table import ChunkTable
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import save_tokenizer, tree

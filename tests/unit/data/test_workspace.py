@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from gristmill.data import storage
+from gristmill.data.preparation.workspace import NAME, LocalWorkspace, Workspace, check_replaceable
 from gristmill.data.storage import Storage
-from gristmill.data.workspace import NAME, LocalWorkspace, Workspace, check_replaceable
 from gristmill.util.errors import UserError
 
 
@@ -62,7 +62,7 @@ LOCK = """
 import sys
 from gristmill.data import storage
 from gristmill.data.storage import Storage
-from gristmill.data.workspace import Workspace
+from gristmill.data.preparation.workspace import Workspace
 with Workspace.open(Storage(sys.argv[1])).locked(shared=len(sys.argv) > 2):
     print("locked", flush=True)
     sys.stdin.read()

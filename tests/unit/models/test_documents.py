@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gristmill.config.model import ModelConfig
-from gristmill.data.stream import Batch
+from gristmill.data.reading.stream import Batch
 from gristmill.models.attention import _CausalAttention, attend
 from gristmill.models.decoder import Decoder
 from gristmill.models.documents import document_mask, positions_within

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gristmill.config.model import ModelConfig
-from gristmill.data.stream import Batch
+from gristmill.data.reading.stream import Batch
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
 from gristmill.models.loss import IGNORE

@@ -17,15 +17,15 @@ import numpy as np
 
 from gristmill.config.commands import Prepare
 from gristmill.config.data_commands import DataEstimate
-from gristmill.data import layouts, sources
-from gristmill.data.job import Job, jobs
 from gristmill.data.look import pieces
 from gristmill.data.look.page import Page, columns, counted, percent, size
 from gristmill.data.look.pieces import Piece
-from gristmill.data.plan import sample_texts, weight
-from gristmill.data.progress import duration
+from gristmill.data.preparation.job import Job, jobs
+from gristmill.data.preparation.plan import sample_texts, weight
+from gristmill.data.preparation.progress import duration
+from gristmill.data.preparation.units import UnitRecord, run_unit
+from gristmill.data.raw import layouts, sources
 from gristmill.data.storage import Storage
-from gristmill.data.units import UnitRecord, run_unit
 from gristmill.tokenizer.engines import EngineChoice, choose_engine, open_engine
 from gristmill.util.errors import UserError
 

@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
-from gristmill.data import manifest
-from gristmill.data.chunk_cache import ChunkCache
-from gristmill.data.dataset import Dataset
+from gristmill.data.preparation.workspace import NAME as UNFINISHED
+from gristmill.data.reading.chunk_cache import ChunkCache
 from gristmill.data.storage import Storage, is_url
-from gristmill.data.workspace import NAME as UNFINISHED
+from gristmill.data.store import manifest
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 # OUT/<set>/<split>, and a folder above them.

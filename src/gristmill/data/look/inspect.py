@@ -1,7 +1,7 @@
 """`gristmill data inspect`: a document, a sample or a training step's batch, as a person reads it.
 
-Samples come from the very stream that training reads (`data/training.py`): what is shown is what
-is trained on.
+Samples come from the very stream that training reads (`data/reading/training.py`): what is shown
+is what is trained on.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import xxhash
 
 from gristmill.config.data_commands import DataInspect
 from gristmill.config.sections import TrainArgs
-from gristmill.data.corpus import Corpus, Part
 from gristmill.data.look import find, runs
 from gristmill.data.look.page import Page, columns, counted, percent
 from gristmill.data.look.places import Places
 from gristmill.data.look.transcript import EDGE, SPECIAL, Transcript, cut, lines
-from gristmill.data.stream import Batch, TokenStream
-from gristmill.data.training import document_mask, is_packed, training_stream
+from gristmill.data.reading.corpus import Corpus, Part
+from gristmill.data.reading.stream import Batch, TokenStream
+from gristmill.data.reading.training import document_mask, is_packed, training_stream
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 

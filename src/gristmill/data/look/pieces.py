@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from gristmill.data import sources
-from gristmill.data.documents import Input
-from gristmill.data.plan import Plan, Recipe, Units, weight
-from gristmill.data.split import Split
+from gristmill.data.preparation.plan import Plan, Recipe, Units, weight
+from gristmill.data.preparation.split import Split
+from gristmill.data.raw import sources
+from gristmill.data.raw.documents import Input
 from gristmill.data.storage import Storage
 from gristmill.util.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gristmill.data.dataset import Dataset
+from gristmill.data.store.dataset import Dataset
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -14,9 +14,9 @@ import yaml
 from gristmill.config.commands import Pretrain
 from gristmill.config.parse import parse
 from gristmill.config.sections import TrainArgs
-from gristmill.data.corpus import Corpus, Part
 from gristmill.data.look.find import Open
 from gristmill.data.modules import Datasets, open_datasets
+from gristmill.data.reading.corpus import Corpus, Part
 from gristmill.util.errors import UserError
 
 RUN_FILE = "run.yaml"

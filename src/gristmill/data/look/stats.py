@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gristmill.config.data_commands import DataStats, listed
-from gristmill.data.dataset import Dataset
 from gristmill.data.look import find
 from gristmill.data.look.lengths import Lengths, document_lengths
 from gristmill.data.look.page import Page, columns, counted, flowed, percent, size
-from gristmill.data.order import samples_per_chunk
+from gristmill.data.reading.order import samples_per_chunk
+from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
 _BAR = 30

@@ -1,0 +1,1 @@
+"""From documents to chunks: plan, units, executors, workspaces, finalize."""

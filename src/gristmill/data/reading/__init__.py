@@ -1,0 +1,1 @@
+"""From datasets to batches: order, mixtures, streams, the cache for object stores."""

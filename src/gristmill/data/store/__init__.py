@@ -1,0 +1,1 @@
+"""Datasets as they lie on a disk or an object store: chunks, their table, the manifest."""
