@@ -131,3 +131,14 @@ def test_from_an_object_store_the_losses_are_the_same(corpora, tmp_path, capsys)
     shutil.rmtree(tmp_path / "cache")
     assert pretrain(remote, tmp_path / "third", *cache, "--data.cache_gb", "0.00001") == 2
     assert "--data.cache_gb" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_spread_has_the_same_samples_in_another_order(corpora, tmp_path):
+    sources = [{"path": str(corpora / "web")}, {"path": str(corpora / "books")}]
+    assert pretrain(sources, tmp_path / "near") == 0
+    assert pretrain(sources, tmp_path / "spread", "--train.batch_order", "spread") == 0
+    near, spread = ([row["loss"] for row in rows(tmp_path / n)] for n in ("near", "spread"))
+    assert near == pytest.approx(spread, rel=1e-4)
+    for name in ("near", "spread"):
+        record = tmp_path / name / "step-00000012" / "checkpoint.json"
+        assert ("spread" in json.loads(record.read_text())["stream"]) == (name == "spread")

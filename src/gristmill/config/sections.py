@@ -44,6 +44,8 @@ class TrainArgs:
     """Keep attention and positions inside documents; auto: for datasets that gristmill prepared."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Samples: text cut every max_seq_length tokens, or rows of whole documents and padding."""
+    batch_order: Literal["locality", "spread"] = "locality"
+    """Which rows of a batch a device reads: those of neighbouring chunks, or a random share."""
     tie_embeddings: bool | None = None
     """Share input embedding and output head; unset: as the model defines it."""
     save_interval: int | Auto = "auto"

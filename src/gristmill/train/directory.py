@@ -44,6 +44,7 @@ FIXED_TRAIN_SETTINGS = (
     "max_norm",
     "z_loss",
     "document_mask",
+    "batch_order",
     "packing",
 )
 """Settings of `train` that belong to a run's identity."""

@@ -41,6 +41,7 @@ FINGERPRINT_MEANS = {
     "shuffle": "the order is another",
     "mixture": "sources take turns in another way",
     "packing": "rows are put together in another way",
+    "spread": "rows of a batch are in another order",
 }
 """What follows from a change of each part of a stream's fingerprint."""
 

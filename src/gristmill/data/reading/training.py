@@ -13,7 +13,12 @@ def training_stream(settings: TrainArgs, corpus: Corpus, *, seq_len: int, seed: 
 
     Raises UserError for settings that do not suit the data.
     """
-    return corpus.stream(seq_len, seed=seed, packing=is_packed(settings, corpus))
+    return corpus.stream(
+        seq_len,
+        seed=seed,
+        packing=is_packed(settings, corpus),
+        spread=settings.batch_order == "spread",
+    )
 
 
 def document_mask(settings: TrainArgs, corpus: Corpus) -> bool:
