@@ -12,6 +12,8 @@ MADE_FROM := pyproject.toml constraints.txt
 # --no-build-isolation: the editable install uses the pinned setuptools and fetches nothing.
 # --no-compile: modules are compiled when first imported, and most of torch never is.
 INSTALL := $(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt
+# Two processes, a file of tests in one of them; the slow tests use all cores themselves.
+PARALLEL := -n 2 --dist loadfile
 SLOW := $(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests
 
 export PYTHONNOUSERSITE := 1
@@ -37,13 +39,13 @@ quickstart: $(VENV)/.made-run
 env: $(VENV)/.made-test
 
 test: env
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS) tests
 
 check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS) tests/conventions tests/unit
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(PYTEST_ARGS) tests/conventions tests/unit
 
 # pytest leaves with 5 when it selects nothing: right only where no test is marked slow.
 test-slow: env

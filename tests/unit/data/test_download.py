@@ -34,6 +34,8 @@ def hub(monkeypatch, tmp_path):
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    # The library reads it when it is first imported, perhaps by another test.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     files = {
         "config.json": b'{"model_type": "llama"}',
         "tokenizer.json": noise(3000, 2),
