@@ -8,6 +8,7 @@ datasets, the settings and that number: ranks only choose which of its rows they
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     Int64s = NDArray[np.int64]
 
 VERSION = 1
+
+# Samples that are located at once, and how many such blocks are kept.
+_BLOCK, _MAX_BLOCKS = 4096, 8
+_NOTHING = np.empty((4, 0), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class TokenStream:
         self._seed, self._shuffle, self._endless, self._spread = seed, shuffle, endless, spread
         self._plans = [find_plan(dataset, seq_len) for dataset in self.datasets if packing]
         self._orders: list[Order] = []
+        self._blocks: OrderedDict[int, Int64s] = OrderedDict()
         self._first_samples: list[Int64s] = []
         before = 0
         for number, dataset in enumerate(self.datasets):
@@ -182,15 +188,39 @@ class TokenStream:
 
     def _rows(self, samples: int, batch_size: int, rank: int, world: int) -> _Rows:
         """A rank's part of a batch."""
-        positions = samples + np.arange(batch_size, dtype=np.int64)
+        stop = samples + batch_size
         if not self._endless:
-            positions = positions[positions < self.num_samples]
-        rows = self._located(positions)
-        count = len(rows.source)
+            stop = max(samples, min(stop, self.num_samples))
+        parts = [
+            self._block(block)[:, max(samples - block * _BLOCK, 0) : stop - block * _BLOCK]
+            for block in range(samples // _BLOCK, -(-stop // _BLOCK))
+        ]
+        located = parts[0] if len(parts) == 1 else np.concatenate([_NOTHING, *parts], axis=1)
+        source, chunk, row, place = located
+        rows, count = _Rows(source, chunk, row), stop - samples
+        if self._spread and count:
+            rows = rows[perm(key(self._seed, SPREAD, samples), count)]
+        else:
+            rows = rows[np.lexsort((place, source))]
         return rows[slice(rank * count // world, (rank + 1) * count // world)]
 
-    def _located(self, positions: Int64s) -> _Rows:
-        """Where samples are, those from one chunk next to each other unless they are spread."""
+    def _block(self, block: int) -> Int64s:
+        """Source, chunk, row and place of many samples in a row, int64 [4, samples], kept a while.
+
+        A batch costs little more than its samples then, however small it is.
+        """
+        if block not in self._blocks:
+            stop = (block + 1) * _BLOCK
+            if not self._endless:
+                stop = min(stop, self.num_samples)
+            self._blocks[block] = self._located(np.arange(block * _BLOCK, stop, dtype=np.int64))
+            while len(self._blocks) > _MAX_BLOCKS:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(block)
+        return self._blocks[block]
+
+    def _located(self, positions: Int64s) -> Int64s:
+        """Source, chunk, row and place in the reading order of samples, int64 [4, samples]."""
         if self.mixture is not None:
             source, number = self.mixture.locate(positions)
         else:
@@ -198,14 +228,12 @@ class TokenStream:
             if len(self.datasets) > 1:
                 source = np.searchsorted(self._starts, positions, side="right") - 1
             number = positions - self._starts[source]
-        chunk, row, place = (np.empty_like(positions) for _ in range(3))
+        found = np.empty((4, len(positions)), dtype=np.int64)
+        found[0] = source
         for index in np.unique(source).tolist():
             here = source == index
-            chunk[here], row[here], place[here] = self._orders[index].locate(number[here])
-        rows = _Rows(source, chunk, row)
-        if self._spread and len(positions):
-            return rows[perm(key(self._seed, SPREAD, int(positions[0])), len(positions))]
-        return rows[np.lexsort((place, source))]
+            found[1:, here] = self._orders[index].locate(number[here])
+        return found
 
     def _chunks_of(self, cache: ChunkCache, samples: int, plan: Plan) -> Iterator[Wanted]:
         """The chunks that a rank needs of a batch, in the order in which it reads them."""
@@ -220,6 +248,7 @@ class TokenStream:
         tokens = np.zeros((num_rows, width), dtype=np.int64)
         sample_ids, sources = np.full((2, num_rows), -1, dtype=np.int64)
         lengths = np.zeros(num_rows, dtype=np.int64)
+        lengths[:count] = width
         doc_ends: list[NDArray[np.int32]] = []
         places = zip(rows.source.tolist(), rows.chunk.tolist(), rows.row.tolist(), strict=True)
         for index, (source, chunk, row) in enumerate(places):
@@ -231,7 +260,6 @@ class TokenStream:
             else:
                 start = row * self.seq_len
                 tokens[index] = mapped.tokens[start : start + width]
-                lengths[index] = width
                 ends = mapped.ends_within(start, start + width)
             doc_ends.append(ends)
             sample_ids[index] = self._first_samples[source][chunk] + row
