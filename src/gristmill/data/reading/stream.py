@@ -34,7 +34,6 @@ VERSION = 1
 
 # Samples that are located at once, and how many such blocks are kept.
 _BLOCK, _MAX_BLOCKS = 4096, 8
-_NOTHING = np.empty((4, 0), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -195,7 +194,7 @@ class TokenStream:
             self._block(block)[:, max(samples - block * _BLOCK, 0) : stop - block * _BLOCK]
             for block in range(samples // _BLOCK, -(-stop // _BLOCK))
         ]
-        located = parts[0] if len(parts) == 1 else np.concatenate([_NOTHING, *parts], axis=1)
+        located = parts[0] if len(parts) == 1 else _joined(parts)
         source, chunk, row, place = located
         rows, count = _Rows(source, chunk, row), stop - samples
         if self._spread and count:
@@ -267,6 +266,11 @@ class TokenStream:
         doc_ends += [np.empty(0, dtype=np.int32)] * (num_rows - count)
         valid = np.arange(num_rows) < count
         return Batch(tokens, valid, doc_ends, sample_ids, sources, lengths)
+
+
+def _joined(parts: list[Int64s]) -> Int64s:
+    """Neighbouring blocks of located samples as one; none is a block without samples."""
+    return np.concatenate([np.empty((4, 0), dtype=np.int64), *parts], axis=1)
 
 
 def _no_sample(dataset: Dataset, seq_len: int) -> UserError:
