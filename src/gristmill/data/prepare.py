@@ -183,7 +183,7 @@ def _run(plan: Plan, job: Job, space: Workspace, units: Sequence[int]) -> list[F
                         return local.run_here(task, units, meter.update)
                     return local.run(task, units, executor, meter.update)
                 if isinstance(executor, Array):
-                    return array.run(task, units, executor, meter.update)
+                    return local.run(task, units, executor.num_workers, meter.update)
                 from gristmill.data.preparation.executors import ray as cluster
 
                 return cluster.run(task, units, executor, meter.update)

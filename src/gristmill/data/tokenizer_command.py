@@ -14,6 +14,7 @@ from gristmill.config.commands import TokenizerTrain
 from gristmill.data.preparation.summary import count
 from gristmill.data.raw import layouts, sources
 from gristmill.data.raw.documents import Format, Input, Reject
+from gristmill.data.raw.inputs import list_inputs, root_of
 from gristmill.data.raw.readers.compressed import is_compressed
 from gristmill.data.raw.select import Selection
 from gristmill.tokenizer.train import Trained, already_there, special_tokens, train_bpe
@@ -51,7 +52,7 @@ class _Text:
     def find(cls, cfg: TokenizerTrain) -> _Text:
         path = cfg.input_dir or ""
         layout = layouts.get(cfg.layout)
-        inputs = sources.list_inputs(path, cfg.pattern or layout.pattern)
+        inputs = list_inputs(path, cfg.pattern or layout.pattern)
         form = Format(layout.records, cfg.text_field or layout.text_field)
         # A vocabulary is made from what will be encoded with it.
         selection = Selection.from_settings(dict(layout.filters)) if layout.filters else None
@@ -60,7 +61,7 @@ class _Text:
     def __iter__(self) -> Iterator[str]:
         self.rejects = []
         some = False
-        root = sources.root_of(self.path)
+        root = root_of(self.path)
         for document in sources.documents(
             self.form, root, self.inputs, self.rejects.append, selection=self.selection
         ):

@@ -24,10 +24,10 @@ from gristmill.models.device import describe
 from gristmill.track.console import Console, count, duration
 from gristmill.track.tracker import Trackers, open_trackers
 from gristmill.train import directory
-from gristmill.train.named import load_named
 from gristmill.train.settle import Job
 from gristmill.train.step import StepStats
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.named import load_named
 
 SAVE_SECONDS = 600.0
 """A checkpoint is due after this much time, whatever the step interval."""

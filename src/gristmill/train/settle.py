@@ -33,9 +33,9 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
 from gristmill.train.batch import TokenBatch
 from gristmill.train.length import Length, plan_length
-from gristmill.train.named import load_named
 from gristmill.train.ranges import check_ranges
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.named import load_named
 from gristmill.util.paths import resolve_model_dir
 
 MAX_MICRO_TOKENS = 2**14

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.named import load_named
 
 MISSING = object()
 """What a filter sees where a record has no such field."""
@@ -199,18 +198,7 @@ def _answer(spec: str, text: str, answer: Any) -> str | None:
 
 
 def _imported(spec: str) -> Callable[[list[str]], Sequence[Any]]:
-    module, _, name = spec.partition(":")
-    if not name:
-        raise UserError(f"--map {spec} names no function. give module:function.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # modules of the working directory too
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever a module of the user's does when it is imported
-        raise UserError(
-            f"--map {spec} cannot be loaded ({type(error).__name__}: {error}). "
-            "give module:function of something importable from here."
-        ) from None
+    function = load_named("--map", spec, "function")
     if not callable(function):
         raise UserError(
             f"--map {spec} is no function but {type(function).__name__}. give module:function."

@@ -17,8 +17,7 @@ from gristmill.data.raw.documents import (
     Span,
     Unreadable,
 )
-from gristmill.data.raw.inputs import list_inputs as list_inputs
-from gristmill.data.raw.inputs import root_of as root_of
+from gristmill.data.raw.inputs import list_inputs, root_of
 from gristmill.data.raw.readers.compressed import is_compressed
 from gristmill.data.raw.readers.reading import Reading
 from gristmill.data.raw.select import Selection

@@ -10,7 +10,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gristmill.data.preparation.executors import Failure, OnProgress, Task, local
 from gristmill.util.errors import UserError
 
 
@@ -21,13 +20,6 @@ class Array:
     rank: int
     world: int
     num_workers: int
-
-
-def run(
-    task: Task, units: Sequence[int], settings: Array, on_progress: OnProgress
-) -> list[Failure]:
-    """Run those of the units that fall to this rank; those that could not be done."""
-    return local.run(task, mine(units, settings), settings.num_workers, on_progress)
 
 
 def mine(units: Sequence[int], settings: Array) -> list[int]:

@@ -9,14 +9,14 @@ from typing import Any
 from gristmill.util.errors import UserError
 
 
-def load_named(option: str, target: str) -> Any:
+def load_named(option: str, target: str, what: str = "object") -> Any:
     """The object that `option` names as `module:name`, found from the working directory too.
 
-    Raises UserError, with what went wrong in the module, when there is none.
+    Raises UserError, which calls it `what` and says what went wrong in the module.
     """
     module, _, name = target.partition(":")
     if not name:
-        raise UserError(f"{option} {target} names no object. Give module:name.")
+        raise UserError(f"{option} {target} names no {what}. Give module:name.")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
