@@ -24,12 +24,16 @@ class Command:
     summary: str
     positionals: tuple[str, ...] = ()
     listing: str | None = None
+    details: str | None = None
+    """What `list --verbose` prints."""
 
 
 # `+` appends to a list: as many words as there are go into one option.
 _MOST_WORDS = 10_000
 MANY_PATHS = ("data_path+",) * _MOST_WORDS
 MANY_INPUTS = ("input_dir+",) * _MOST_WORDS
+
+VERBOSE = ("--verbose", "--verbose true", "-v")
 
 COMMANDS = {
     "quickstart": Command(
@@ -39,7 +43,7 @@ COMMANDS = {
     ),
     "download": Command(
         "gristmill.config.commands:Download",
-        "gristmill.data.raw.download:download",
+        "gristmill.formats.download:download",
         "fetch a model, a tokenizer or a corpus; goes on where it was cut",
         ("repo_id",),
         "gristmill.models.zoo:repositories",
@@ -93,6 +97,7 @@ COMMANDS = {
         "train a model, from scratch or continued, resumable",
         ("model_name",),
         "gristmill.models.zoo:names",
+        "gristmill.models.zoo.listing:table",
     ),
     "generate": Command(
         "gristmill.config.commands:Generate",
@@ -105,6 +110,36 @@ COMMANDS = {
         "gristmill.infer.chat:chat",
         "talk with a model",
         ("checkpoint_dir",),
+    ),
+    "inspect": Command(
+        "gristmill.config.commands:Inspect",
+        "gristmill.infer.inspect:inspect",
+        "what a model, checkpoint or run is, whether it is whole, and what to do with it",
+        ("path",),
+    ),
+    "export": Command(
+        "gristmill.config.commands:Export",
+        "gristmill.formats.export:export",
+        "a model of any kind for other tools: Hugging Face, LitGPT, GGUF",
+        ("checkpoint_dir", "output_dir"),
+    ),
+    "convert_to_litgpt": Command(
+        "gristmill.config.commands:ConvertToLitgpt",
+        "gristmill.formats.export:convert_to_litgpt",
+        "LitGPT's files beside those of a model, as LitGPT's command does",
+        ("checkpoint_dir",),
+    ),
+    "convert_from_litgpt": Command(
+        "gristmill.config.commands:Convert",
+        "gristmill.formats.export:convert_from_litgpt",
+        "`export --format hf`, as LitGPT calls it",
+        ("checkpoint_dir", "output_dir"),
+    ),
+    "convert_pretrained_checkpoint": Command(
+        "gristmill.config.commands:Convert",
+        "gristmill.formats.export:convert_pretrained_checkpoint",
+        "`export --format litgpt`, as LitGPT calls it after a training",
+        ("checkpoint_dir", "output_dir"),
     ),
 }
 
@@ -191,8 +226,9 @@ def _dispatch(words: list[str]) -> int:
             return 0
     name, rest = _command_name(words)
     command = COMMANDS[name]
-    if command.listing and (not rest or rest == ["list"]):
-        print("\n".join(_load(command.listing)()))
+    listing = _listing(command, rest)
+    if listing is not None:
+        print("\n".join(_load(listing)()))
         return 0
     from gristmill.config.parse import parse
 
@@ -205,6 +241,15 @@ def _dispatch(words: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     _load(command.run)(config)
     return 0
+
+
+def _listing(command: Command, rest: list[str]) -> str | None:
+    """Where the lines are that a bare call, `list` or `list --verbose` prints; None for others."""
+    if not rest or rest == ["list"]:
+        return command.listing
+    if rest[0] == "list" and " ".join(rest[1:]).replace("=", " ").lower() in VERBOSE:
+        return command.details
+    return None
 
 
 def _command_name(words: list[str]) -> tuple[str, list[str]]:

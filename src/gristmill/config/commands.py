@@ -141,7 +141,8 @@ class Download:
     """Fetch a model, a tokenizer or a corpus; interrupted work continues, what is there is kept."""
 
     repo_id: str | None = None
-    """Repository on the Hugging Face hub, as ORG/NAME; the first word after the command."""
+    """Repository on the Hugging Face hub, as ORG/NAME, or a model of `gristmill pretrain list`; the
+    first word after the command."""
     repo_type: Literal["model", "dataset"] = "model"
     """Kind of repository."""
     revision: str | None = None
@@ -153,6 +154,8 @@ class Download:
     dataset all, of a model its settings, tokenizer and weights."""
     out_dir: str | None = None
     """Directory for the files; unset: checkpoints/ORG/NAME, for datasets data/ORG/NAME."""
+    checkpoint_dir: str | None = None
+    """Folder in which models get a directory ORG/NAME; unset: checkpoints."""
     access_token: str | None = field(default=None, repr=False)
     """Token for repositories that ask for one; unset: HF_TOKEN or the hub's own login."""
     urls: str | None = None
@@ -161,6 +164,72 @@ class Download:
     """Beginning of the addresses that is left out of the files' names; unset: what all share."""
     num_workers: int = 8
     """Files fetched at once."""
+
+
+WeightType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(kw_only=True)
+class Export:
+    """Write a model of any kind for other tools, and compare what was written with the source."""
+
+    checkpoint_dir: str | None = None
+    """Model to export: a run or checkpoint of ours, a directory of Hugging Face's or LitGPT's
+    layout, or a GGUF file; the first word after the command."""
+    output_dir: str | None = None
+    """Directory to write, which must not exist or be empty; of gguf also a file name ending in
+    .gguf. The second word after the command."""
+    format: Literal["hf", "litgpt", "gguf"] = "hf"
+    """Who reads it: transformers and its like (hf), LitGPT, or llama.cpp and its like (gguf)."""
+    dtype: WeightType | Literal["q8_0"] | Auto = "auto"
+    """Type of the weights; auto: as they are. q8_0 is 8 bits, for gguf only."""
+    max_shard_size: str = "5GB"
+    """Largest weight file of the format hf, such as 500MB or 2GiB."""
+    tokenizer_dir: str | None = None
+    """Tokenizer that goes along; unset: the model's own."""
+    overwrite: bool = False
+    """Replace what output_dir holds, once the new is complete."""
+
+
+@dataclass(kw_only=True)
+class ConvertToLitgpt:
+    """Add LitGPT's files to a model directory, so that LitGPT reads it; `export` writes others."""
+
+    checkpoint_dir: str | None = None
+    """Model directory; the first word after the command."""
+    model_name: str | None = None
+    """The model's name in LitGPT; unset: its own."""
+    dtype: WeightType | Auto = "auto"
+    """Type of the weights; auto: as they are."""
+    overwrite: bool = False
+    """Replace LitGPT's files that are there."""
+
+
+@dataclass(kw_only=True)
+class Convert:
+    """Another tool's name for `gristmill export`."""
+
+    checkpoint_dir: str | None = None
+    """Model to convert, of any kind; the first word after the command."""
+    output_dir: str | None = None
+    """Directory to write, which must not exist or be empty; the second word after the command."""
+    dtype: WeightType | Auto = "auto"
+    """Type of the weights; auto: as they are."""
+    tokenizer_dir: str | None = None
+    """Tokenizer that goes along; unset: the model's own."""
+    overwrite: bool = False
+    """Replace what output_dir holds, once the new is complete."""
+
+
+@dataclass(kw_only=True)
+class Inspect:
+    """Say what a model directory or file is, whether it is whole, and what can be done with it."""
+
+    path: str | None = None
+    """Model, checkpoint, run, tokenizer or dataset, a directory or a file; the first word after
+    the command."""
+    json: bool = False
+    """Write one JSON object instead of a page, for scripts."""
 
 
 @dataclass(kw_only=True)

@@ -119,6 +119,51 @@ def test_a_model_without_safetensors_comes_as_it_is(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("there", "taken"),
+    [
+        (["model.safetensors", "model.fp16.safetensors"], ["model.safetensors"]),
+        # The whole model beside its shards.
+        (
+            ["model.safetensors", "model-00001-of-00001.safetensors"]
+            + ["model.safetensors.index.json"],
+            ["model-00001-of-00001.safetensors", "model.safetensors.index.json"],
+        ),
+        # An index without its shards.
+        (["model.safetensors", "model.safetensors.index.json"], ["model.safetensors"]),
+        (["weights.safetensors", "adapter_model.safetensors"], ["weights.safetensors"]),
+        (["consolidated.safetensors", "pytorch_model.bin"], ["consolidated.safetensors"]),
+        (["pytorch_model.bin", "pytorch_model.fp32.bin"], ["pytorch_model.bin"]),
+        (["weights.bin", "training_args.bin", "optimizer.bin"], ["weights.bin"]),
+        (["lit_model.pth", "model_config.yaml", "q8.gguf"], ["lit_model.pth", "model_config.yaml"]),
+        (["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack"], ["pytorch_model.bin"]),
+    ],
+)
+def test_weights_come_in_one_form_once(hub, tmp_path, there, taken):
+    more = ["original/consolidated.00.pth", "onnx/model.onnx", "model-q4.gguf", "events.log"]
+    hub.models["org/forms"] = Repository({name: b"x" for name in ["config.json", *there, *more]})
+    download(Download(repo_id="org/forms"))
+    assert set(tree(tmp_path / "checkpoints/org/forms")) == {"config.json", *taken}
+
+
+@pytest.mark.parametrize("name", ["pythia-14m", "Pythia-14M", "EleutherAI/pythia-14m"])
+def test_a_known_model_goes_without_its_organisation(hub, tmp_path, capsys, name):
+    hub.models["EleutherAI/pythia-14m"] = hub.models["org/name"]
+    assert main(["download", name, "--tokenizer_only", "true"]) == 0
+    assert "tokenizer.json" in tree(tmp_path / "checkpoints/EleutherAI/pythia-14m")
+    assert "--tokenizer_dir checkpoints/EleutherAI/pythia-14m" in capsys.readouterr().out
+    assert main(["download", name, "--checkpoint_dir", "models"]) == 0
+    assert "model.safetensors.index.json" in tree(tmp_path / "models/EleutherAI/pythia-14m")
+    assert "gristmill chat models/EleutherAI/pythia-14m" in capsys.readouterr().out
+
+
+def test_a_wrong_name_brings_the_nearest(hub, capsys):
+    assert main(["download", "EleutherAI/pythia-14mm"]) == 2
+    assert "Did you mean EleutherAI/pythia-14m" in capsys.readouterr().err
+    assert main(["download", "org/nothing-like-it"]) == 2
+    assert "Did you mean" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "name",
     ["org/corpus", "datasets/org/corpus", "https://huggingface.co/datasets/org/corpus/tree/main"],
 )
@@ -383,6 +428,7 @@ def test_mistakes_about_lists(hub, tmp_path, options, text, expected):
     [
         ({}, "nothing to download is named"),
         ({"repo_id": "org/name", "num_workers": 0}, "--num_workers 0"),
+        ({"repo_id": "org/name", "checkpoint_dir": "m", "out_dir": "n"}, "leave one of them out"),
         ({"repo_id": "org/name", "tokenizer_only": True, "pattern": "*"}, "both choose files"),
     ],
 )

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from gristmill.util.paths import resolve_model_dir, user_cache_dir
+from gristmill.util.paths import how_to_get, resolve_model_dir, user_cache_dir
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,34 @@ def test_other_paths_stay_as_they_are(here):
     assert resolve_model_dir("absent") == Path("absent")
     assert resolve_model_dir(here / "org") == here / "org"
     assert resolve_model_dir("checkpoints/absent") == Path("checkpoints/absent")
+
+
+def test_the_organisation_may_be_left_out(here):
+    assert resolve_model_dir("name") == Path("checkpoints/org/name")
+    assert resolve_model_dir("checkpoints/name") == Path("checkpoints/org/name")
+    assert resolve_model_dir("*") == Path("*")
+    (here / "checkpoints/other/name").mkdir(parents=True)
+    assert resolve_model_dir("name") == Path("name")
+    assert resolve_model_dir("") == Path()
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        ("EleutherAI/pythia-160m", "gristmill download EleutherAI/pythia-160m`"),
+        ("checkpoints/EleutherAI/pythia-160m", "gristmill download EleutherAI/pythia-160m`"),
+        ("pythia-160m", "gristmill download pythia-160m`"),
+        ("out/run", "Name a model directory"),
+        ("out/run/final", "Name a model directory"),
+        ("/x/y", "Name a model directory"),
+        ("../y", "Name a model directory"),
+    ],
+)
+def test_what_is_not_there_comes_with_the_command_that_gets_it(here, path, command):
+    (here / "out").mkdir()
+    said = how_to_get(path)
+    assert command in said
+    assert ("download" in said) == ("download" in command)
 
 
 def test_home_is_expanded(monkeypatch, here):

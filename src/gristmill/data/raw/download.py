@@ -26,6 +26,11 @@ from gristmill.data.raw.fetch import Fetcher, Outcome, Refused, Remote
 from gristmill.util.errors import Interrupted, RunError, UserError
 from gristmill.util.paths import DOWNLOADS
 
+
+class NotThere(UserError):
+    """There is no repository of that name, or it is hidden from us."""
+
+
 _SETTINGS = (
     "config.json",
     "generation_config.json",
@@ -40,14 +45,22 @@ _SETTINGS = (
     "LICENSE*",
 )
 # The first of these that a repository has; the others are the same weights in another form.
-_WEIGHTS = ("model*.safetensors*", "*.safetensors*", "pytorch_model*.bin*", "*.bin*")
+_WEIGHTS = (
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?",
+    r"(?!consolidated|adapter).*\.safetensors(\.index\.json)?",
+    r"consolidated.*\.safetensors(\.index\.json)?",
+    r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?",
+    r"(?!adapter|training_args|optimizer|scheduler).*\.bin(\.index\.json)?",
+    r"lit_model\.pth|model_config\.yaml",
+)
+_SHARD = re.compile(r"-\d+-of-\d+\.")
 _TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 _SHOWN_FAILURES = 5
 _LINE_SECONDS = 30.0
 
 
-def download(cfg: Download) -> None:
-    """Fetch what the options name, and print where it is.
+def download(cfg: Download) -> Path:
+    """Fetch what the options name, print where it is, and give that directory.
 
     Raises UserError for names, tokens and patterns that do not fit; RunError when files are missing
     at the end.
@@ -61,13 +74,12 @@ def download(cfg: Download) -> None:
             "nothing to download is named. give a repository as ORG/NAME "
             "(`gristmill download list` shows those of the known models), or a list by --urls."
         )
-    if cfg.urls:
-        _from_list(cfg, cfg.urls)
-    else:
-        _from_hub(cfg)
+    if cfg.checkpoint_dir is not None and (cfg.out_dir or cfg.urls):
+        raise UserError("--checkpoint_dir is for models without --out_dir. leave one of them out.")
+    return _from_list(cfg, cfg.urls) if cfg.urls else _from_hub(cfg)
 
 
-def _from_hub(cfg: Download) -> None:
+def _from_hub(cfg: Download) -> Path:
     repo, kind = _repository(cfg)
     commit, entries, headers = _contents(cfg, repo, kind)
     chosen = _chosen(cfg, repo, kind, [entry.path for entry in entries])
@@ -83,11 +95,13 @@ def _from_hub(cfg: Download) -> None:
         for entry in entries
         if entry.path in chosen
     ]
-    out = Path(cfg.out_dir or f"{'data' if kind == 'dataset' else DOWNLOADS}/{repo}").expanduser()
+    folder = cfg.checkpoint_dir or ("data" if kind == "dataset" else DOWNLOADS)
+    out = Path(cfg.out_dir or f"{folder}/{repo}").expanduser()
     try:
         _fetch(files, out, cfg.num_workers, origin=endpoint, headers=headers)
     except Refused as refused:
         raise _refusal(cfg, repo, kind, gated=refused.code == "GatedRepo") from None
+    return out
 
 
 def _repository(cfg: Download) -> tuple[str, str]:
@@ -169,7 +183,7 @@ def _refusal(cfg: Download, repo: str, kind: str, *, gated: bool) -> UserError:
             f"accept them at {page}, then {token}."
         )
     other = "model" if kind == "dataset" else "dataset"
-    return UserError(
+    return NotThere(
         f"there is no {kind} {repo} at {_endpoint()}, or it is private. check the name; "
         f"for a {other} add --repo_type {other}; if it is private, {token}."
     )
@@ -201,9 +215,18 @@ def _chosen(cfg: Download, repo: str, kind: str, names: Sequence[str]) -> set[st
     if cfg.tokenizer_only:
         return settings or _nothing(repo, "tokenizer")
     for pattern in _WEIGHTS:
-        if weights := {name for name in own if fnmatch.fnmatch(name, pattern)}:
-            return settings | weights
+        if weights := {name for name in own if re.fullmatch(pattern, name)}:
+            return settings | _one_copy(weights)
     return _nothing(repo, "weights")
+
+
+def _one_copy(weights: set[str]) -> set[str]:
+    """Weights that come whole and in shards too, once: as what the index names."""
+    shards = {name for name in weights if _SHARD.search(name)}
+    indices = {name for name in weights if name.endswith(".index.json")}
+    if shards and indices:
+        return shards | indices
+    return weights - indices or weights
 
 
 def _matching(names: Iterable[str], pattern: list[str] | str, where: str) -> set[str]:
@@ -223,7 +246,7 @@ def _nothing(repo: str, what: str) -> set[str]:
     raise UserError(f"{repo} holds no {what} that are known here. choose its files by --pattern.")
 
 
-def _from_list(cfg: Download, source: str) -> None:
+def _from_list(cfg: Download, source: str) -> Path:
     """Fetch the addresses of a list, each under its name below what all of them share."""
     for option in ("revision", "tokenizer_only", "access_token"):
         if getattr(cfg, option):
@@ -244,13 +267,15 @@ def _from_list(cfg: Download, source: str) -> None:
     if cfg.pattern is not None:
         names = _matching(files, cfg.pattern, source)
         files = {name: file for name, file in files.items() if name in names}
+    out = Path(cfg.out_dir).expanduser()
     try:
-        _fetch(list(files.values()), Path(cfg.out_dir).expanduser(), cfg.num_workers)
+        _fetch(list(files.values()), out, cfg.num_workers)
     except Refused as refused:
         raise UserError(
             f"{refused.file.url} is refused ({refused.status}). "
             "check that the list is still valid, and leave this address out if it is not."
         ) from None
+    return out
 
 
 def _addresses(source: str) -> list[str]:
