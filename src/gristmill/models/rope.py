@@ -15,21 +15,96 @@ from gristmill.config.model import ModelConfig, RopeScaling
 
 
 def rotary_dim(config: ModelConfig) -> int:
-    """Leading values of each head that are rotated (an even number)."""
-    dim = int(config.head_size * config.rope_fraction)
+    """Values of each head that are rotated (an even number).
+
+    They are the leading ones, and under latent attention a part of the head of their own.
+    """
+    latent = config.latent_attention
+    dim = (
+        int(config.head_size * config.rope_fraction) if latent is None else latent.qk_rope_head_dim
+    )
     assert dim % 2 == 0, f"rotated part of a head must be even, is {dim}"
     return dim
 
 
-def frequencies(config: ModelConfig, device: torch.device | str | None = None) -> Tensor:
-    """Angle per position, float32 [rotary_dim / 2]: theta^(-2i / rotary_dim) (arXiv:2104.09864)."""
+def frequencies(
+    config: ModelConfig,
+    length: int = 0,
+    *,
+    local: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Angle per position, float32 [rotary_dim / 2]: theta^(-2i / rotary_dim) (arXiv:2104.09864).
+
+    `length` counts the tokens of the context, which dynamic and longrope scaling depend on.
+    `local` gives the frequencies of the blocks with a sliding window, which are never scaled.
+    """
     dim = rotary_dim(config)
+    scaling = None if local else config.rope_scaling
+    theta = (config.rope_local_theta or config.rope_theta) if local else config.rope_theta
+    if scaling is not None and scaling.kind == "dynamic":
+        theta = _dynamic_theta(theta, dim, scaling, length)
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
-    inverse = 1.0 / (config.rope_theta**exponent)
-    return inverse if config.rope_scaling is None else _stretched(inverse, config.rope_scaling)
+    inverse = 1.0 / (theta**exponent)
+    if scaling is None or scaling.kind == "dynamic":
+        return inverse
+    if scaling.kind == "linear":
+        return inverse / scaling.factor
+    if scaling.kind == "yarn":
+        return _yarn(inverse, theta, dim, scaling)
+    if scaling.kind == "longrope":
+        return inverse / _longrope_divisors(inverse, scaling, length)
+    return _by_wavelength(inverse, scaling)
 
 
-def _stretched(inverse: Tensor, scaling: RopeScaling) -> Tensor:
+def _dynamic_theta(theta: float, dim: int, scaling: RopeScaling, length: int) -> float:
+    """The base that spreads the frequencies over `length` tokens (dynamic NTK-aware scaling,
+    https://www.reddit.com/r/LocalLLaMA/comments/14mrgpr; also arXiv:2309.00071, section 3.3).
+
+    Unchanged up to the original context. It grows with the context, so keys that were cached in a
+    shorter one keep the angles they had.
+    """
+    original = scaling.original_max_seq_length
+    growth = scaling.factor * max(length, original) / original - (scaling.factor - 1)
+    return theta * growth ** (dim / (dim - 2))
+
+
+def _yarn(inverse: Tensor, theta: float, dim: int, scaling: RopeScaling) -> Tensor:
+    """Frequencies by parts (arXiv:2309.00071, section 3.2).
+
+    Dimensions with more than `beta_fast` turns in the original context stay, those with fewer than
+    `beta_slow` are divided by `factor`, and the mix runs linearly in the dimension between.
+    """
+
+    def dimension(turns: float) -> float:
+        length = scaling.original_max_seq_length
+        return dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = (high - low) or 0.001
+    index = torch.arange(dim // 2, dtype=torch.float32, device=inverse.device)
+    stretched = ((index - low) / span).clamp(0.0, 1.0)
+    return inverse * (1 - stretched) + inverse / scaling.factor * stretched
+
+
+def _longrope_divisors(inverse: Tensor, scaling: RopeScaling, length: int) -> Tensor:
+    """A divisor for each frequency (arXiv:2402.13753): searched for short and for long contexts.
+
+    All positions take the long ones as soon as the context is longer than the original one, so
+    keys that were cached before keep the angles they had.
+    """
+    is_long = length > scaling.original_max_seq_length
+    divisors = (scaling.long_factors if is_long else scaling.short_factors) or ()
+    assert len(divisors) == len(inverse), (
+        f"longrope needs {len(inverse)} factors for short and long contexts"
+    )
+    return torch.tensor(divisors, dtype=torch.float32, device=inverse.device)
+
+
+def _by_wavelength(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     """Frequencies for a longer context (arXiv:2407.21783, section 3.2).
 
     Wavelengths longer than original / low_freq_factor are stretched by `factor`, those shorter than
@@ -41,22 +116,50 @@ def _stretched(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     return inverse * (keep + (1 - keep) / scaling.factor)
 
 
-def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+def attention_factor(scaling: RopeScaling | None) -> float:
+    """What cosine and sine are multiplied with, so that attention is as sharp in a long context.
+
+    YaRN (arXiv:2309.00071, section 3.4): 0.1 ln(factor) + 1, or the ratio of two such terms, whose
+    logarithms have weights. LongRoPE (arXiv:2402.13753): sqrt(1 + ln(factor) / ln(original)).
+    """
+    if scaling is None or scaling.kind not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1.0:
+        return 1.0
+    growth = math.log(scaling.factor)
+    if scaling.kind == "longrope":
+        return math.sqrt(1 + growth / math.log(scaling.original_max_seq_length))
+    if scaling.mscale and scaling.mscale_all_dim:
+        return (0.1 * scaling.mscale * growth + 1) / (0.1 * scaling.mscale_all_dim * growth + 1)
+    return 0.1 * growth + 1
+
+
+def rope_tables(
+    config: ModelConfig, positions: Tensor, length: int, *, local: bool = False
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle: float32 [..., T, 1, rotary_dim / 2] for positions [..., T].
 
-    The axis of length one is where the heads go.
+    The axis of length one is where the heads go. `length` counts the tokens from the start of the
+    context to the last position; `local` asks for the blocks with a sliding window. Both carry the
+    `attention_factor` of the scaling.
     """
     # Products of two numbers each, which autocast leaves alone: bf16 angles would be wrong by whole
     # turns at long positions.
-    angles = positions.float().unsqueeze(-1) * frequencies(config, positions.device)
-    return angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    inverse = frequencies(config, length, local=local, device=positions.device)
+    angles = positions.float().unsqueeze(-1) * inverse
+    cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
+    factor = 1.0 if local else attention_factor(config.rope_scaling)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The heads x [B, T, heads, head_size] rotated, same shape and dtype.
 
-    The two halves of the rotated part form the pairs, as in the Hugging Face models of both
-    families; values behind the rotated part pass through. Products are taken in fp32.
+    The two halves of the rotated part form the pairs, as in most Hugging Face models (others are
+    brought to that order when they are read); values behind the rotated part pass through.
+    Products are taken in fp32.
     """
     half = cos.shape[-1]
     first, second = x[..., :half].float(), x[..., half : 2 * half].float()
