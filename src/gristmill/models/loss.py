@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,24 +26,37 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     z_loss: float = 0.0,
     num_token_ids: int | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Summed cross entropy of `hidden @ weight.T` against `targets`, an fp32 scalar.
+    """Summed cross entropy of `hidden @ weight.T + bias` against `targets`, an fp32 scalar.
 
-    `hidden` [N, d], `weight` [V, d], `targets` int64 [N]; positions whose target is -100 count
-    nothing. `z_loss` adds z_loss * (log normaliser)^2 per counted position (PaLM,
-    arXiv:2204.02311, section 5). Rows of `weight` from `num_token_ids` on take no part and get a
-    zero gradient. Products run in the autocast type where autocast is on, sums in fp32 (fp64 for
-    fp64 input). Gradients are made together with the loss, a chunk of rows at a time, so a
-    backward pass can run once. `compiled` fuses the passes over the logits with torch.compile.
+    `hidden` [N, d], `weight` [V, d], `bias` [V], `targets` int64 [N]; positions whose target is
+    -100 count nothing. Logits go through softcap * tanh(logits / softcap) where a softcap is given
+    (Gemma 2, arXiv:2408.00118). `z_loss` adds z_loss * (log normaliser)^2 per counted position
+    (PaLM, arXiv:2204.02311, section 5). Rows of `weight` and `bias` from `num_token_ids` on take
+    no part and get a zero gradient. Products run in the autocast type where autocast is on, sums
+    in fp32 (fp64 for fp64 input). Gradients are made together with the loss, a chunk of rows at a
+    time, so a backward pass can run once. `compiled` fuses the passes over the logits with
+    torch.compile.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if _autocast(device) else hidden.dtype
-    return _LinearCrossEntropy.apply(
-        hidden, weight, targets, z_loss, num_token_ids or weight.shape[0], dtype, compiled
-    )
+    how = _How(softcap, z_loss, num_token_ids or weight.shape[0], dtype, compiled)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, how)
+
+
+class _How(NamedTuple):
+    """What a loss is made with besides tensors."""
+
+    softcap: float | None
+    z_loss: float
+    num_token_ids: int
+    dtype: torch.dtype
+    compiled: bool
 
 
 def _autocast(device: str) -> bool:
@@ -69,6 +82,54 @@ def _eager_exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(peaks), torch.cat(totals)
 
 
+def _capped_peak(logits: Tensor, softcap: float) -> Tensor:
+    """Row maxima [R, 1] of the capped logits."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return _capped(logits.amax(-1, keepdim=True).to(wide), softcap)[0]
+
+
+def _capped_exp_rows(logits: Tensor, peak: Tensor, softcap: float, out: Tensor) -> Tensor:
+    """Writes exp(c - peak) * dc / dlogit of the capped logits c to `out`; returns sums of exp [R].
+
+    The slope is at hand here and is not once the logits are gone. Where this is compiled, `out`
+    is not `logits`: code generated for a CPU takes twice as long to overwrite what it reads.
+    """
+    capped, slope = _capped(logits.to(peak.dtype), softcap)
+    powers = (capped - peak).exp()
+    out.copy_(powers * slope)
+    return powers.sum(-1)
+
+
+def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """cap * tanh(logits / cap) and its slope; tanh(x) = 2 sigmoid(2x) - 1 is the faster form."""
+    half = torch.sigmoid(logits * (2.0 / softcap))
+    return half * (2.0 * softcap) - softcap, 4.0 * half * (1.0 - half)
+
+
+def _powers(logits: Tensor, how: _How, spare: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers times the slope of the cap [R, V] over `logits` or in `spare`; row maxima and sums."""
+    if how.softcap is None:
+        exp_rows = _compiled(_exp_rows) if how.compiled else _eager_exp_rows
+        return logits, *exp_rows(logits)
+    # tanh of -inf is a number like any other: rows that are no token are left out of it.
+    tokens = logits[:, : how.num_token_ids]
+    if spare is None:
+        parts = []
+        for rows in tokens.split(EAGER_ROWS):
+            peak = _capped_peak(rows, how.softcap)
+            parts.append((peak, _capped_exp_rows(rows, peak, how.softcap, rows)))
+        peaks, totals = (torch.cat(part) for part in zip(*parts))
+        powers = logits
+    else:
+        powers = spare[: len(logits)]
+        peaks = _compiled(_capped_peak)(tokens, how.softcap)
+        totals = _compiled(_capped_exp_rows)(
+            tokens, peaks, how.softcap, powers[:, : how.num_token_ids]
+        )
+    powers[:, how.num_token_ids :] = 0.0
+    return powers, peaks.squeeze(-1), totals
+
+
 def _accumulate(total: Tensor, part: Tensor) -> None:
     total += part
 
@@ -84,57 +145,60 @@ class _LinearCrossEntropy(torch.autograd.Function):
     With e = exp(logit - peak), s = sum(e) and a row factor f = 1 + 2 z lse, the gradient of a
     logit is f / s * (e - [is target] * s / f). The bracket goes through the products as it is and
     f / s is applied to the narrow [R, d] sides, so the wide [R, V] matrix is exponentiated once
-    and never normalised.
+    and never normalised. A soft cap multiplies the bracket by its slope.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        z_loss: float,
-        num_token_ids: int,
-        dtype: torch.dtype,
-        compiled: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How
     ) -> Tensor:
         """The loss; leaves the gradients in `ctx`."""
-        exp_rows = _compiled(_exp_rows) if compiled else _eager_exp_rows
-        accumulate = _compiled(_accumulate) if compiled else _accumulate
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        dtype = how.dtype
+        accumulate = _compiled(_accumulate) if how.compiled else _accumulate
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         limit = CPU_CHUNK_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
         size = min(limit, hidden.shape[0])
         positions = torch.arange(size, device=hidden.device)
         # One buffer for all chunks: a fresh one each time costs more in page faults than its use.
         buffer = hidden.new_empty((size, weight.shape[0]), dtype=dtype)
+        spare = torch.empty_like(buffer) if how.softcap is not None and how.compiled else None
         with torch.autocast(hidden.device.type, enabled=False):
             narrow = weight.to(dtype)
+            narrow_bias = None if bias is None else bias.to(dtype)
             for start in range(0, hidden.shape[0], size or 1):
                 rows = slice(start, start + size)
                 part = hidden[rows].to(dtype)
                 valid = targets[rows] != IGNORE
                 at_target = (positions[: len(part)], targets[rows].clamp(min=0))
-                logits = torch.mm(part, narrow.t(), out=buffer[: len(part)])
-                logits[:, num_token_ids:] = -torch.inf
-                target_logit = logits[at_target].to(loss.dtype)
-                peak, total = exp_rows(logits)
+                logits = _logits(part, narrow, narrow_bias, buffer[: len(part)])
+                logits[:, how.num_token_ids :] = -torch.inf
+                target_logit, slope = logits[at_target].to(loss.dtype), None
+                if how.softcap is not None:
+                    no_token = targets[rows] >= how.num_token_ids
+                    target_logit, slope = _capped(target_logit, how.softcap)
+                    target_logit = target_logit.masked_fill(no_token, -torch.inf)
+                powers, peak, total = _powers(logits, how, spare)
                 peak = peak.to(loss.dtype)
                 lse = peak + total.log()
-                row_loss = lse - target_logit + z_loss * lse.square()
+                row_loss = lse - target_logit + how.z_loss * lse.square()
                 loss += row_loss.masked_fill(~valid, 0.0).sum()
-                if not (need_hidden or need_weight):
+                if not (need_hidden or need_weight or need_bias):
                     continue
-                factor = 1.0 + 2.0 * z_loss * lse
-                logits[at_target] = ((target_logit - peak).exp() - total / factor).to(dtype)
+                factor = 1.0 + 2.0 * how.z_loss * lse
+                bracket = (target_logit - peak).exp() - total / factor
+                powers[at_target] = (bracket if slope is None else bracket * slope).to(dtype)
                 scale = (factor / total).masked_fill(~valid, 0.0).unsqueeze(-1)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (logits @ narrow) * scale
+                    grad_hidden[rows] = (powers @ narrow) * scale
                 if grad_weight is not None:
-                    accumulate(grad_weight, logits.t() @ (part * scale).to(dtype))
-        ctx.gradients = (grad_hidden, grad_weight)
+                    accumulate(grad_weight, powers.t() @ (part * scale).to(dtype))
+                if grad_bias is not None:
+                    grad_bias += (powers.t() @ scale.to(dtype)).squeeze(-1)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return loss
 
     @staticmethod
@@ -147,4 +211,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 gradient *= grad_output
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None)
+
+
+def _logits(part: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`part @ weight.T + bias`, written over `out`."""
+    if bias is None:
+        return torch.mm(part, weight.t(), out=out)
+    return torch.addmm(bias, part, weight.t(), out=out)

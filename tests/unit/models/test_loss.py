@@ -52,6 +52,97 @@ def test_loss_and_gradients_equal_full_logits(dtype, tolerance, z_loss):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
+def with_bias_and_cap(hidden, weight, bias, targets, softcap=None, z_loss=0.0, ids=VOCAB):
+    """The same with everything a head may have."""
+    logits = hidden @ weight[:ids].t()
+    if bias is not None:
+        logits = logits + bias[:ids]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    normaliser = logits.logsumexp(-1)[targets != -100]
+    return F.cross_entropy(logits, targets, reduction="sum") + z_loss * normaliser.square().sum()
+
+
+def make_with_bias(dtype=torch.float32):
+    hidden, weight, targets = make(dtype)
+    draw = torch.Generator().manual_seed(1)
+    return hidden, weight, torch.randn(VOCAB, generator=draw, dtype=dtype).requires_grad_(), targets
+
+
+@pytest.mark.usefixtures("chunk_rows")
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("softcap", [None, 3.0, 30.0])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_bias_and_softcap_equal_the_plain_formula(dtype, tolerance, biased, softcap, z_loss):
+    hidden, weight, bias, targets = make_with_bias(dtype)
+    bias = bias if biased else None
+    inputs = [x for x in (hidden, weight, bias) if x is not None]
+    ours = linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=softcap, z_loss=z_loss)
+    theirs = with_bias_and_cap(hidden, weight, bias, targets, softcap, z_loss)
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    got, want = (torch.autograd.grad(loss * 0.3, inputs) for loss in (ours, theirs))
+    for mine, plain in zip(got, want):
+        torch.testing.assert_close(mine, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_bias_of_rows_that_are_no_token_gets_no_gradient(softcap):
+    hidden, weight, bias, targets = make_with_bias()
+    ids, inputs = 100, (hidden, weight, bias)
+    targets = targets.clamp(max=ids - 1)
+    ours = linear_cross_entropy(
+        hidden, weight, targets, bias=bias, softcap=softcap, num_token_ids=ids
+    )
+    theirs = with_bias_and_cap(hidden, weight, bias, targets, softcap, ids=ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    got, want = (torch.autograd.grad(loss, inputs) for loss in (ours, theirs))
+    assert not got[1][ids:].any()
+    assert not got[2][ids:].any()
+    for mine, plain in zip(got, want):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("low_parameters", [False, True])
+def test_bf16_bias_and_softcap_are_close(low_parameters):
+    """Under autocast, and with parameters that are bf16 themselves."""
+    *inputs, targets = make_with_bias()
+    want = with_bias_and_cap(*inputs, targets, 5.0, 1e-3)
+    mine = [x.detach().bfloat16().requires_grad_() for x in inputs] if low_parameters else inputs
+    with torch.autocast("cpu", torch.bfloat16, enabled=not low_parameters):
+        ours = linear_cross_entropy(*mine[:2], targets, bias=mine[2], softcap=5.0, z_loss=1e-3)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, want, rtol=5e-3, atol=0.0)
+    pairs = zip(torch.autograd.grad(ours, mine), torch.autograd.grad(want, inputs), mine)
+    for got, plain, parameter in pairs:
+        assert got.dtype == parameter.dtype
+        assert (got.float() - plain).norm() <= 2e-2 * plain.norm()
+
+
+def test_only_the_gradient_of_the_bias():
+    hidden, weight, bias, targets = make_with_bias()
+    ours = linear_cross_entropy(hidden.detach(), weight.detach(), targets, bias=bias, softcap=3.0)
+    (got,) = torch.autograd.grad(ours, bias)
+    (want,) = torch.autograd.grad(with_bias_and_cap(hidden, weight, bias, targets, 3.0), bias)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_target_that_is_no_token_is_infinitely_wrong(softcap):
+    hidden, weight, targets = make()
+    ours = linear_cross_entropy(hidden, weight, targets, softcap=softcap, num_token_ids=100)
+    assert ours.item() == torch.inf
+
+
+def test_capped_logits_of_any_size_stay_finite():
+    hidden, weight, bias, targets = make_with_bias()
+    with torch.no_grad():
+        hidden *= 1e6
+    ours = linear_cross_entropy(hidden, weight, targets, bias=bias, softcap=30.0)
+    torch.testing.assert_close(ours, with_bias_and_cap(hidden, weight, bias, targets, 30.0))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(ours, (hidden, weight, bias)))
+
+
 @pytest.mark.usefixtures("chunk_rows")
 def test_autocast_products_are_bf16_and_gradients_close():
     hidden, weight, targets = make()
@@ -181,15 +272,24 @@ def test_second_backward_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(monkeypatch, dtype):
+def test_compiled_equals_eager(monkeypatch, dtype, softcap):
     monkeypatch.setattr(loss_module, "CPU_CHUNK_ROWS", 32)
-    hidden, weight, targets = (x.detach() for x in make())
+    *parameters, targets = (x.detach() for x in make_with_bias())
+    options = {"softcap": softcap, "z_loss": 1e-3, "num_token_ids": 120}
     results = []
     for compiled in (False, True):
-        inputs = [x.clone().to(dtype).requires_grad_() for x in (hidden, weight)]
-        ours = linear_cross_entropy(*inputs, targets, z_loss=1e-3, compiled=compiled)
-        results.append((ours, *gradients(ours, *inputs)))
+        inputs = [x.clone().to(dtype).requires_grad_() for x in parameters]
+        ours = linear_cross_entropy(
+            *inputs[:2],
+            targets.clamp(max=119),
+            bias=inputs[2] if softcap else None,
+            compiled=compiled,
+            **options,
+        )
+        wanted = inputs if softcap else inputs[:2]
+        results.append((ours, *torch.autograd.grad(ours, wanted)))
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for eager, fused in zip(*results):
         torch.testing.assert_close(fused, eager, rtol=tolerance, atol=tolerance)
