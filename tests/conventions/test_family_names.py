@@ -1,6 +1,6 @@
 """No family or model name outside `models/zoo/`, recipes and tests: behaviour is never a name.
 
-Names in docstrings and comments are free, and so are other tools' names (LitGPT).
+Names in docstrings and comments are free, and so are other tools' names (LitGPT, llama.cpp).
 """
 
 from __future__ import annotations
@@ -10,13 +10,31 @@ import re
 
 FAMILIES = re.compile(
     r"(?<![a-z])(tiny|open|code|smol)?[-_]?"
-    r"(llama(?!s)|pythia|gpt[-_]?neox|gemma|phi[-_]?\d|qwen|mistral|mixtral|olmo|falcon|smollm"
+    r"(llama(?!s|\.cpp|-gguf)|pythia|gpt[-_]?neox|gemma|phi[-_]?\d|qwen|mistral|mixtral|olmo|falcon|smollm"
     r"|stablelm|deepseek|danube|starcoder2|nemotron)",
     re.IGNORECASE,
 )
 FREE = ("src/gristmill/models/zoo/", "src/gristmill/recipes/")
 # Exceptions, each with its reason.
+GGUF_WORDS = "a word that the GGUF format itself has for a kind of tokenizer"
 ALLOWED = {
+    **{
+        (f"src/gristmill/tokenizer/{file}.py", name): GGUF_WORDS
+        for file, names in {
+            "gguf_splits": (
+                "llama",
+                "smollm",
+                "qwen",
+                "-qwen",
+                "falcon",
+                "olmo",
+                "phi-2",
+                "deepseek",
+            ),
+            "gguf_vocabulary": ("llama", "Llama"),
+        }.items()
+        for name in names
+    },
     ("src/gristmill/config/model.py", "llama"): "the default table of a custom architecture",
 }
 

@@ -16,12 +16,9 @@ from gristmill.tokenizer.long_text import (
     marks_within,
     without_surrogates,
 )
+from gristmill.tokenizer.sentencepiece_proto import BPE, model_type
 from gristmill.tokenizer.sidecar import AddedToken
 from gristmill.util.errors import UserError
-
-# Fields of a model's protocol buffer, and values of the last.
-_TRAINER_SPEC, _MODEL_TYPE = 2, 3
-_UNIGRAM, _BPE = 1, 2
 
 
 class SentencePieceBackend:
@@ -82,7 +79,7 @@ class SentencePieceBackend:
         """The marks that no token reaches over; see `Cutter`."""
         # Added tokens begin the text anew, with the model's own space. Only merges are local: a
         # unigram model weighs the text as a whole.
-        if self._always or _model_type(self._model.serialized_model_proto()) != _BPE:
+        if self._always or model_type(self._model.serialized_model_proto()) != BPE:
             return set()
         reached = marks_within(
             [self._model.id_to_piece(i) for i in range(self._model.vocab_size())]
@@ -137,42 +134,6 @@ def _load(path: Path):  # type: ignore[no-untyped-def]  # the package has no typ
             f"{path} is not a SentencePiece model ({error}). "
             "use a directory with tokenizer.json, or download the tokenizer again."
         ) from error
-
-
-def _model_type(model: bytes) -> int:
-    """The kind of a SentencePiece model, out of its protocol buffer: trainer_spec.model_type."""
-    for number, value in _fields(model):
-        if number == _TRAINER_SPEC and isinstance(value, bytes):
-            return next(
-                (v for n, v in _fields(value) if n == _MODEL_TYPE and isinstance(v, int)), _UNIGRAM
-            )
-    return _UNIGRAM
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a protocol buffer message: number, and value or contents."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        tag = varint()
-        kind = tag & 7
-        if kind == 0:
-            yield tag >> 3, varint()
-            continue
-        length = {1: 8, 5: 4}.get(kind) or varint()
-        yield tag >> 3, message[at : at + length]
-        at += length
 
 
 def _id_or_none(token_id: int) -> int | None:

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
+from gristmill.tokenizer import gguf_vocabulary
 from gristmill.tokenizer.huggingface import HuggingFaceBackend
 from gristmill.tokenizer.long_text import Cutter, Encoded
 from gristmill.tokenizer.sentencepiece_model import SentencePieceBackend
 from gristmill.tokenizer.sidecar import FILES, Sidecar, read_sidecar
 from gristmill.tokenizer.stream import StreamDecoder
 from gristmill.util.errors import UserError
+from gristmill.util.gguf_header import find_gguf
 from gristmill.util.paths import resolve_model_dir
 
 _DEFINITIONS = ("tokenizer.json", "tokenizer.model")
@@ -50,7 +52,8 @@ class Tokenizer:
         """The tokenizer in the directory (or file) `path`, tokenizer.json before tokenizer.model.
 
         A directory's own `tokenizer/` and `final/` are looked into too, so datasets, checkpoints
-        and runs work. Raises UserError when there is none or it cannot be read.
+        and runs work; a GGUF file has its tokenizer in it. Raises UserError when there is none or
+        it cannot be read.
         """
         definition = _find(path)
         return cls(definition, read_sidecar(definition.parent))
@@ -160,9 +163,11 @@ def _find(path: str | Path) -> Path:
     """The defining file that `path` means."""
     root = resolve_model_dir(path)
     if root.is_file():
+        if find_gguf(root) is not None:
+            return gguf_vocabulary.unpack(root)
         if root.suffix not in (".json", ".model"):
             raise UserError(
-                f"{root} is not a tokenizer (neither .json nor .model). "
+                f"{root} is not a tokenizer (neither .json, .model nor .gguf). "
                 "name a directory with tokenizer.json or tokenizer.model."
             )
         return root
@@ -170,6 +175,9 @@ def _find(path: str | Path) -> Path:
         for name in _DEFINITIONS:
             if (folder / name).is_file():
                 return folder / name
+    packed = find_gguf(root)
+    if packed is not None:
+        return gguf_vocabulary.unpack(packed)
     found = "no tokenizer.json or tokenizer.model in it" if root.is_dir() else "no such directory"
     raise UserError(
         f"no tokenizer at {path} ({found}). name a directory with one, or make one with "

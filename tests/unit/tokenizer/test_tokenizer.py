@@ -182,7 +182,7 @@ def test_unreadable_definition(tmp_path, name):
 
 def test_a_file_of_another_kind(tmp_path):
     (tmp_path / "vocab.txt").write_text("a")
-    with pytest.raises(UserError, match="neither .json nor .model"):
+    with pytest.raises(UserError, match="neither .json, .model nor .gguf"):
         Tokenizer.load(tmp_path / "vocab.txt")
 
 
