@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gristmill.config.model import ModelConfig
-from gristmill.formats import fused
 from gristmill.formats.safetensors_io import write_file
+from gristmill.formats.source import TheirTensors
 from gristmill.models import zoo
-from gristmill.models.counts import Shapes, parameter_shapes
+from gristmill.models.counts import Shapes
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError
 
@@ -76,26 +76,15 @@ def _write_weights(
     max_shard_bytes: float,
 ) -> None:
     """The safetensors files, and their index when there are several."""
-    ours = parameter_shapes(config)
-    names = zoo.family(config.family).weight_names(ours)
-    shapes: Shapes = {}
-    for theirs, parts in names.items():
-        shape = ours[parts[0]]
-        shapes[theirs] = shape if len(parts) == 1 else (fused.rows(config), *shape[1:])
-
-    def get(theirs: str) -> Tensor:
-        parts = names[theirs]
-        if len(parts) == 1:
-            return tensors[parts[0]]
-        return fused.join([tensors[part] for part in parts], config)
-
+    theirs = TheirTensors(zoo.family(config.family).weight_table(config), config, tensors)
+    shapes = theirs.shapes
     shards = _shards(shapes, dtype.itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard, dtype, get)
+        write_file(directory / name, shard, dtype, theirs.__getitem__)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize

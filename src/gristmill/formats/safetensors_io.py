@@ -1,5 +1,8 @@
 """Tensors from and to files, one at a time: safetensors (whole or sharded by torch), `.bin`.
 
+A tensor is read into memory of its own, not mapped: pages of a mapped file stay for as long as it
+is open, and a model of many files would be in memory as a whole.
+
 Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, raw data).
 """
 
@@ -10,22 +13,37 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from gristmill.formats.source import AGAIN, Entry, Tensors
 from gristmill.util.errors import UserError
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-AGAIN = "Fetch or copy it again."
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}
-BYTES |= {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "U32": 4, "U64": 8}
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 Json = dict[str, Any]
 
@@ -55,8 +73,8 @@ def read_header(path: Path) -> Json:
 def _check_entry(path: Path, name: str, entry: Json, data_bytes: int) -> None:
     """UserError when a tensor's place in the file is not what its shape takes."""
     start, end = entry["data_offsets"]
-    width = BYTES.get(entry["dtype"])
-    if width is not None and end - start != width * prod(entry["shape"]):
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is not None and end - start != dtype.itemsize * prod(entry["shape"]):
         raise UserError(f"{path}: tensor {name} has a damaged header entry. {AGAIN}")
     if end > data_bytes:
         missing = end - data_bytes
@@ -97,30 +115,48 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def stream(files: list[Path]) -> Iterator[tuple[Path, str, Tensor]]:
-    """(file, tensor name, tensor on the CPU), one at a time; pieces of a tensor come joined.
+def open_tensors(files: list[Path]) -> Tensors:
+    """The tensors of safetensors and `.bin` files; pieces of a tensor come joined.
 
-    Files written by `torch.distributed.checkpoint` on several ranks hold pieces of a tensor; it is
-    yielded, with its first file, when all of its pieces are read.
+    Files written by `torch.distributed.checkpoint` on several ranks hold pieces of a tensor. Raises
+    UserError naming the file (and tensor) that is cut off, damaged, or could run code.
     """
     headers = {file: read_header(file) for file in files if file.suffix == ".safetensors"}
-    pieces = _pieces(headers)
+    entries: dict[str, Entry] = {}
+    for name, places in _pieces(headers).items():
+        file = places[0][0]
+        if len(places) == 1:
+            entries[name] = Entry(file, partial(_read, file, name, headers[file][name]))
+        else:
+            entries[name] = Entry(file, partial(_join, name, places, headers))
     for file in files:
         if file.suffix != ".safetensors":
-            yield from _stream_pickle(file)
-            continue
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in headers[file]:
-                if name == "__metadata__":
-                    continue
-                places = pieces[name]
-                if len(places) == 1:
-                    yield file, name, opened.get_tensor(name)
-                elif places[0][0] == file:
-                    yield file, name, _join(name, places, headers)
+            entries |= _pickled(file)
+    return Tensors(entries)
 
 
-def _stream_pickle(path: Path) -> Iterator[tuple[Path, str, Tensor]]:
+def _read(path: Path, name: str, entry: Json) -> Tensor:
+    """One tensor of a safetensors file, in memory of its own."""
+    dtype = DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise UserError(
+            f"{path}: tensor {name} has the type {entry['dtype']}. Supported: {', '.join(DTYPES)}."
+        )
+    start, end = entry["data_offsets"]
+    data = torch.empty(end - start, dtype=torch.uint8)
+    with path.open("rb", buffering=0) as file:
+        head = struct.unpack("<Q", file.read(8))[0]
+        file.seek(8 + head + start)
+        view, done = memoryview(data.numpy()), 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise UserError(f"{path} is cut off: tensor {name} ends too early. {AGAIN}")
+            done += count
+    return data.view(dtype).view(entry["shape"])
+
+
+def _pickled(path: Path) -> dict[str, Entry]:
     """Tensors of a `.bin` file; code in the pickle is refused, not run."""
     # Files of before torch 1.6 are no zip archives and cannot be mapped.
     mappable = zipfile.is_zipfile(path)
@@ -137,9 +173,15 @@ def _stream_pickle(path: Path) -> Iterator[tuple[Path, str, Tensor]]:
         raise UserError(f"{path} cannot be read ({reason}). {AGAIN}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, no table of tensors. {AGAIN}")
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            yield path, name, value
+    return {
+        name: Entry(path, partial(_given, value))
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _given(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 Place = tuple[Path, tuple[int, ...]]
@@ -169,8 +211,7 @@ def _join(name: str, places: list[Place], headers: dict[Path, Json]) -> Tensor:
         raise UserError(f"{places[0][0].parent}: pieces of {name} are missing (have {files}).")
     whole: Tensor | None = None
     for file, offsets, shape in entries:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            piece = opened.get_tensor(name)
+        piece = _read(file, name, headers[file][name])
         whole = piece.new_empty(full) if whole is None else whole
         whole[tuple(slice(o, o + s) for o, s in zip(offsets, shape))] = piece
     assert whole is not None
@@ -191,7 +232,11 @@ def write_file(
     end = 0
     for name, shape in shapes.items():
         start, end = end, end + dtype.itemsize * prod(shape)
-        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)  # the data starts at a multiple of 8 bytes
     with path.open("wb") as file:

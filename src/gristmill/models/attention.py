@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.cache import LayerCache
+from gristmill.models.norm import build_norm
 from gristmill.models.rope import apply_rope
 
 
@@ -17,61 +18,119 @@ class Attention(nn.Module):
     """Queries, keys and values are separate matrices: LoRA, tensor parallel and Muon want them so.
 
     Grouped queries (arXiv:2305.13245): query head h reads key-value head h // (heads / kv_heads).
+    Queries and keys may be normalised (arXiv:2302.05442), each head or all together.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, window: int | None = None) -> None:
         super().__init__()
-        self.head_size = config.head_size
+        self.head_size, self.window = config.head_size, window
+        self.scale, self.softcap = config.score_scale, config.attention_softcap
+        self.clip, self.norm_all = config.qkv_clip, config.qk_norm == "full"
         d, q_width = config.hidden_size, config.num_heads * config.head_size
         kv_width = config.kv_heads * config.head_size
         self.q = nn.Linear(d, q_width, bias=config.qkv_bias)
         self.k = nn.Linear(d, kv_width, bias=config.qkv_bias)
         self.v = nn.Linear(d, kv_width, bias=config.qkv_bias)
         self.o = nn.Linear(q_width, d, bias=config.attention_out_bias)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.qk_norm != "none":
+            self.q_norm = build_norm(config, q_width if self.norm_all else self.head_size)
+            self.k_norm = build_norm(config, kv_width if self.norm_all else self.head_size)
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         mask: Any = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """What each token of x [B, T, d] gathers from itself and those before it, [B, T, d].
 
-        `mask` (bool, broadcast to [B, heads, T, keys], True = may look; or a `BlockMask`) replaces
-        the causal rule.
+        `cos` and `sin` rotate queries and keys (None: not in this block). `mask` (bool, broadcast
+        to [B, heads, T, keys], True = may look; or a `BlockMask`) replaces the causal rule.
         """
-        heads = (*x.shape[:2], -1, self.head_size)
-        q = apply_rope(self.q(x).view(heads), cos, sin).transpose(1, 2)
-        k = apply_rope(self.k(x).view(heads), cos, sin).transpose(1, 2)
-        v = self.v(x).view(heads).transpose(1, 2)
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.clip is not None:
+            q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
+        if self.norm_all:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
+        if not self.norm_all:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if cos is not None and sin is not None:
+            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.o(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+            if self.window is not None and q.shape[2] == 1:
+                k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        out = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
+        return self.o(out.transpose(1, 2).flatten(2))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
-    """Attention of q [B, heads, T, D] over k, v [B, kv_heads, S, D]: [B, heads, T, D].
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of q [B, heads, T, D] over k [B, kv_heads, S, D], v [B, kv_heads, S, E]: [.., E].
 
-    Causal when `mask` is None and T > 1 (then S = T); a single query sees all S keys.
+    Causal when `mask` is None and T > 1 (then S = T); a single query sees all S keys. Scores are
+    multiplied with `scale` (1 / sqrt(D)) and go through softcap * tanh(scores / softcap).
     """
     batch, heads, length, dim = q.shape
     groups = k.shape[1]
     if mask is not None and not isinstance(mask, Tensor):
         from torch.nn.attention.flex_attention import flex_attention
 
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=heads != groups)
+        def capped(score: Tensor, *_: Tensor) -> Tensor:
+            assert softcap is not None
+            return softcap * torch.tanh(score / softcap)
+
+        return flex_attention(
+            q,
+            k,
+            v,
+            score_mod=None if softcap is None else capped,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=heads != groups,
+        )
+    if softcap is not None:
+        return _attend_capped(q, k, v, mask, scale or dim**-0.5, softcap)
     if length == 1 and mask is None:
         # One token a sequence: the query heads of a group are rows of one product over their keys,
         # two to four times as fast on a CPU as a kernel call per head.
-        rows = F.scaled_dot_product_attention(q.reshape(batch, groups, -1, dim), k, v)
-        return rows.reshape(batch, heads, 1, dim)
-    if length == k.shape[2] and _backward_is_better_written_out(q):
-        return _CausalAttention.apply(q, k, v, mask)
+        rows = q.reshape(batch, groups, -1, dim)
+        rows = F.scaled_dot_product_attention(rows, k, v, scale=scale)
+        return rows.reshape(batch, heads, 1, v.shape[-1])
+    if length == k.shape[2] and dim == v.shape[-1] and _backward_is_better_written_out(q):
+        return _CausalAttention.apply(q, k, v, mask, scale or dim**-0.5)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != groups
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=heads != groups
     )
+
+
+def _attend_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention written out: no fused kernel of SDPA caps scores (arXiv:2408.00118, section 2)."""
+    length, keys = q.shape[2], k.shape[2]
+    q = q.unflatten(1, (k.shape[1], -1))
+    scores = (q @ k.unsqueeze(2).transpose(-1, -2)).float() * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.unsqueeze(1), -torch.inf)
+    elif length > 1:
+        future = torch.ones(length, keys, dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    return (scores.softmax(-1).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
 
 
 WRITTEN_OUT_LENGTH, WRITTEN_OUT_ROWS = 1024, 128
@@ -95,23 +154,26 @@ class _CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         """Attention of q [B, heads, T, D] over k, v [B, kv_heads, T, D].
 
-        A `mask`, bool [B, 1, T, T], must not let a token look ahead; without one it is causal.
+        A `mask`, bool [B or 1, 1, T, T], must not let a token look ahead; without one it is causal.
         """
         grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
+        ctx.scale = scale
         ctx.save_for_backward(q, k, v, out, mask)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """Gradients of q, k and v."""
         q, k, v, out, mask = ctx.saved_tensors
-        length, scale, shape = q.shape[2], q.shape[3] ** -0.5, (k.shape[1], -1)
+        length, scale, shape = q.shape[2], ctx.scale, (k.shape[1], -1)
         q, out, grad = (x.unflatten(1, shape) for x in (q, out, grad))
         k, v = k.unsqueeze(2), v.unsqueeze(2)
         shared = (grad.float() * out.float()).sum(-1, keepdim=True)
@@ -133,7 +195,7 @@ class _CausalAttention(torch.autograd.Function):
             parts_k.append(slope.transpose(-1, -2) @ queries)
             parts_v.append(weights.to(q.dtype).transpose(-1, -2) @ upper)
         grad_q = torch.cat(grad_q, -2).flatten(1, 2)
-        return grad_q, _sum_parts(parts_k), _sum_parts(parts_v), None
+        return grad_q, _sum_parts(parts_k), _sum_parts(parts_v), None, None
 
 
 def _sum_parts(parts: list[Tensor]) -> Tensor:

@@ -12,7 +12,8 @@ def check_config(config: ModelConfig) -> None:
     for name in positive:
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}. Use a positive number.")
-    if config.head_dim is None and config.hidden_size % config.num_heads:
+    latent = config.latent_attention
+    if latent is None and config.head_dim is None and config.hidden_size % config.num_heads:
         raise UserError(
             f"hidden_size {config.hidden_size} is no multiple of num_heads {config.num_heads}. "
             "Change one of them, or set head_dim."
@@ -23,6 +24,8 @@ def check_config(config: ModelConfig) -> None:
             "Query heads share key-value heads in equal groups: change one of them."
         )
     rotated = int(config.head_size * config.rope_fraction)
+    if latent is not None:
+        rotated = latent.qk_rope_head_dim
     if not 0 < config.rope_fraction <= 1 or rotated % 2 or not rotated:
         raise UserError(
             f"rope_fraction {config.rope_fraction} rotates {rotated} of a head's "
@@ -32,4 +35,38 @@ def check_config(config: ModelConfig) -> None:
         raise UserError(
             f"num_token_ids {config.num_token_ids} is more than vocab_size {config.vocab_size}. "
             f"Set vocab_size to at least {config.num_token_ids}."
+        )
+    _check_parts(config)
+
+
+def _check_parts(config: ModelConfig) -> None:
+    """UserError for parts that do not go together."""
+    latent = config.latent_attention
+    wrong = {
+        "tie_embeddings with head_bias": config.tie_embeddings and config.head_bias,
+        "shared_norm without parallel_residual": config.shared_norm
+        and not config.parallel_residual,
+        "post_norm with parallel_residual": config.post_norm and config.parallel_residual,
+        "norm_unit_offset with layernorm": config.norm_unit_offset and config.norm != "rmsnorm",
+        "norm_unit_offset without norm_weight": config.norm_unit_offset and not config.norm_weight,
+        "latent_attention with sliding_window": latent is not None and config.sliding_window,
+        "latent_attention with qk_norm": latent is not None and config.qk_norm != "none",
+        "an empty sliding_pattern": not config.sliding_pattern,
+        "an empty rope_pattern": not config.rope_pattern,
+    }
+    found = [what for what, is_so in wrong.items() if is_so]
+    if found:
+        raise UserError(f"The model has {found[0]}, which is not supported. Change one of them.")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise UserError(f"sliding_window is {config.sliding_window}. Use a positive number.")
+    moe = config.moe
+    if moe is not None and not 0 < moe.num_experts_per_token <= moe.num_experts:
+        raise UserError(
+            f"num_experts_per_token {moe.num_experts_per_token} is not between 1 and num_experts "
+            f"{moe.num_experts}. Change one of them."
+        )
+    if moe is not None and moe.num_experts % moe.num_groups:
+        raise UserError(
+            f"num_experts {moe.num_experts} is no multiple of num_groups {moe.num_groups}. "
+            "Change one of them."
         )

@@ -19,43 +19,97 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
     """Name -> shape of every parameter of the decoder, in its order."""
     d, rows = config.hidden_size, config.vocab_size
     shapes: Shapes = {"embed.weight": (rows, d)}
+    if config.positions == "learned":
+        shapes["positions.weight"] = (config.max_seq_length, d)
+    if config.embedding_norm:
+        shapes |= _norm_shapes(config, "embed_norm", d)
     for layer in range(config.num_layers):
-        shapes |= {f"layers.{layer}.{name}": s for name, s in _block_shapes(config).items()}
-    shapes |= _norm_shapes(config, "norm")
+        block = _block_shapes(config, config.expert_layers[layer])
+        shapes |= {f"layers.{layer}.{name}": s for name, s in block.items()}
+    shapes |= _norm_shapes(config, "norm", d)
     if not config.tie_embeddings:
-        shapes["head.weight"] = (rows, d)
+        shapes |= _linear("head", rows, d, config.head_bias)
     return shapes
 
 
-def _norm_shapes(config: ModelConfig, name: str) -> Shapes:
-    shapes: Shapes = {f"{name}.weight": (config.hidden_size,)}
-    if config.norm == "layernorm":
-        shapes[f"{name}.bias"] = (config.hidden_size,)
-    return shapes
-
-
-def _block_shapes(config: ModelConfig) -> Shapes:
+def _block_shapes(config: ModelConfig, has_experts: bool) -> Shapes:
     """Name -> shape of one block's parameters."""
-    d, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    matrices = {
-        "attn.q": (q, d, config.qkv_bias),
-        "attn.k": (kv, d, config.qkv_bias),
-        "attn.v": (kv, d, config.qkv_bias),
-        "attn.o": (d, q, config.attention_out_bias),
-        "mlp.gate": (inner, d, config.mlp_bias),
-        "mlp.up": (inner, d, config.mlp_bias),
-        "mlp.down": (d, inner, config.mlp_bias),
-    }
-    if config.mlp == "gelu":
-        del matrices["mlp.gate"]
-    shapes = _norm_shapes(config, "attn_norm")
-    for name, (rows, columns, bias) in matrices.items():
-        if name.startswith("mlp") and "mlp_norm.weight" not in shapes:
-            shapes |= _norm_shapes(config, "mlp_norm")
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
+    d, shapes = config.hidden_size, {}
+    if config.pre_norm:
+        shapes |= _norm_shapes(config, "attn_norm", d)
+    latent = config.latent_attention is not None
+    shapes |= _latent_shapes(config) if latent else _attention_shapes(config)
+    if config.post_norm:
+        shapes |= _norm_shapes(config, "attn_post_norm", d)
+    if config.pre_norm and not config.shared_norm:
+        shapes |= _norm_shapes(config, "mlp_norm", d)
+    shapes |= _experts_shapes(config) if has_experts else _mlp_shapes(config)
+    if config.post_norm:
+        shapes |= _norm_shapes(config, "mlp_post_norm", d)
+    return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Shapes:
+    shapes: Shapes = {f"{name}.weight": (rows, columns)}
+    return shapes | {f"{name}.bias": (rows,)} if bias else shapes
+
+
+def _norm_shapes(config: ModelConfig, name: str, size: int) -> Shapes:
+    if not config.norm_weight:
+        return {}
+    shapes: Shapes = {f"{name}.weight": (size,)}
+    if config.norm == "layernorm" and config.norm_bias:
+        shapes[f"{name}.bias"] = (size,)
+    return shapes
+
+
+def _attention_shapes(config: ModelConfig) -> Shapes:
+    d, size, bias = config.hidden_size, config.head_size, config.qkv_bias
+    q, kv = config.num_heads * size, config.kv_heads * size
+    shapes = _linear("attn.q", q, d, bias)
+    shapes |= _linear("attn.k", kv, d, bias) | _linear("attn.v", kv, d, bias)
+    shapes |= _linear("attn.o", d, q, config.attention_out_bias)
+    if config.qk_norm != "none":
+        widths = (q, kv) if config.qk_norm == "full" else (size, size)
+        for name, width in zip(("attn.q_norm", "attn.k_norm"), widths):
+            shapes |= _norm_shapes(config, name, width)
+    return shapes
+
+
+def _latent_shapes(config: ModelConfig) -> Shapes:
+    latent = config.latent_attention
+    assert latent is not None
+    d, heads = config.hidden_size, config.num_heads
+    rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
+    if latent.q_lora_rank is None:
+        shapes = _linear("attn.q", heads * config.head_size, d, False)
+    else:
+        shapes = _linear("attn.q_down", latent.q_lora_rank, d, False)
+        shapes |= _norm_shapes(config, "attn.q_norm", latent.q_lora_rank)
+        shapes |= _linear("attn.q_up", heads * config.head_size, latent.q_lora_rank, False)
+    shapes |= _linear("attn.kv_down", rank + rope, d, False)
+    shapes |= _norm_shapes(config, "attn.kv_norm", rank)
+    values = latent.qk_nope_head_dim + latent.v_head_dim
+    shapes |= _linear("attn.kv_up", heads * values, rank, False)
+    return shapes | _linear("attn.o", d, heads * latent.v_head_dim, False)
+
+
+def _mlp_shapes(config: ModelConfig, name: str = "mlp", inner: int | None = None) -> Shapes:
+    d, inner, bias = config.hidden_size, inner or config.intermediate_size, config.mlp_bias
+    shapes = _linear(f"{name}.gate", inner, d, bias) if config.mlp == "gated" else {}
+    return shapes | _linear(f"{name}.up", inner, d, bias) | _linear(f"{name}.down", d, inner, bias)
+
+
+def _experts_shapes(config: ModelConfig) -> Shapes:
+    moe = config.moe
+    assert moe is not None
+    d, count, inner = config.hidden_size, moe.num_experts, moe.intermediate_size
+    shapes: Shapes = {"mlp.selection_bias": (count,)} if moe.selection_bias else {}
+    shapes["mlp.router.weight"] = (count, d)
+    shapes["mlp.experts.gate.weight"] = shapes["mlp.experts.up.weight"] = (count, inner, d)
+    shapes["mlp.experts.down.weight"] = (count, d, inner)
+    if moe.num_shared_experts:
+        shapes |= _mlp_shapes(config, "mlp.shared", moe.num_shared_experts * inner)
     return shapes
 
 
@@ -79,19 +133,49 @@ def flops_per_token(
     takes three times the forward pass. Nothing is added for recomputation (PaLM,
     arXiv:2204.02311, appendix B).
     """
-    block = sum(prod(s) for s in _block_shapes(config).values() if len(s) == 2)
     head = config.token_ids * config.hidden_size
-    keys = (seq_len + 1) / 2 if causal else seq_len
-    attention = 4 * config.num_heads * config.head_size * keys
-    forward = config.num_layers * (2 * block + attention) + 2 * head
-    return (3 if training else 1) * float(forward)
+    forward = 2.0 * head
+    for window, has_experts in zip(config.windows, config.expert_layers):
+        forward += 2 * _visited(config, has_experts)
+        forward += _attention_width(config) * _keys_seen(
+            seq_len, window if causal else None, causal
+        )
+    return (3 if training else 1) * forward
+
+
+def _visited(config: ModelConfig, has_experts: bool) -> int:
+    """Numbers in the matrices of a block that a token is multiplied with."""
+    total = 0
+    for name, shape in _block_shapes(config, has_experts).items():
+        if ".experts." in name:
+            assert config.moe is not None
+            total += config.moe.num_experts_per_token * prod(shape[1:])
+        elif len(shape) == 2:
+            total += prod(shape)
+    return total
+
+
+def _attention_width(config: ModelConfig) -> int:
+    """Operations of a block's attention for one token and key."""
+    latent = config.latent_attention
+    value = config.head_size if latent is None else latent.v_head_dim
+    return 2 * config.num_heads * (config.head_size + value)
+
+
+def _keys_seen(seq_len: int, window: int | None, causal: bool) -> float:
+    """Keys that a token sees, averaged over a sequence."""
+    if not causal:
+        return seq_len
+    if window is None or window >= seq_len:
+        return (seq_len + 1) / 2
+    return window - window * (window - 1) / (2 * seq_len)
 
 
 def kv_cache_bytes(
     config: ModelConfig, batch_size: int, max_length: int, bytes_per_value: int = 2
 ) -> int:
     """Size of a key-value cache for `batch_size` sequences of `max_length` tokens."""
-    per_token = 2 * config.num_layers * config.kv_heads * config.head_size
+    per_token = config.num_layers * sum(heads * width for heads, width in config.cached_heads)
     return per_token * batch_size * max_length * bytes_per_value
 
 
@@ -117,9 +201,19 @@ def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precis
     q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
     wide, narrow = BYTES_PER_WEIGHT[precision], BYTES_PER_ACTIVATION[precision]
     norm = narrow + (8 if config.norm == "rmsnorm" else wide)
-    inner = {"swiglu": 4, "gelu": 2}[config.mlp] * config.intermediate_size
+    inner = {"gated": 4, "plain": 2}[config.mlp] * _widths_visited(config)
     block = 2 * norm * config.hidden_size + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
     return micro_batch * seq_len * (config.num_layers * block + norm * config.hidden_size)
+
+
+def _widths_visited(config: ModelConfig) -> int:
+    """Feed-forward values of a token: of the widest block."""
+    moe = config.moe
+    if moe is None:
+        return config.intermediate_size
+    experts = moe.num_experts_per_token + moe.num_shared_experts
+    dense = config.intermediate_size if moe.num_dense_layers else 0
+    return max(dense, experts * moe.intermediate_size)
 
 
 def training_memory_bytes(

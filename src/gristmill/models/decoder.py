@@ -4,11 +4,11 @@
                     │                                  └─ linear cross-entropy ─ summed loss
     positions ─ rope tables (once, shared by all blocks)
 
-A block, with x the residual stream:
+A block, with x the residual stream; a normalisation that a model lacks does nothing:
 
-    sequential (Llama)                       parallel (GPT-NeoX)
-    x = x + attn(attn_norm(x))               x = x + attn(attn_norm(x)) + mlp(mlp_norm(x))
-    x = x + mlp(mlp_norm(x))
+    sequential (Llama)                             parallel (GPT-NeoX)
+    x = x + attn_post_norm(attn(attn_norm(x)))     x = x + attn(attn_norm(x)) + mlp(mlp_norm(x))
+    x = x + mlp_post_norm(mlp(mlp_norm(x)))
 """
 
 from __future__ import annotations
@@ -23,78 +23,69 @@ from gristmill.config.model import ModelConfig
 from gristmill.models.attention import Attention
 from gristmill.models.cache import KVCache, LayerCache
 from gristmill.models.check import check_config
-from gristmill.models.documents import document_mask, positions_within
-from gristmill.models.loss import linear_cross_entropy
+from gristmill.models.latent import LatentAttention
+from gristmill.models.loss import IGNORE, linear_cross_entropy
+from gristmill.models.masks import attention_mask, positions_within
+from gristmill.models.mlp import build_mlp
+from gristmill.models.moe import MixtureOfExperts
+from gristmill.models.norm import build_norm
 from gristmill.models.rope import rope_tables
-
-
-def build_norm(config: ModelConfig) -> nn.Module:
-    """A normalisation of the residual stream: RMSNorm (arXiv:1910.07467) or LayerNorm."""
-    kind = {"rmsnorm": nn.RMSNorm, "layernorm": nn.LayerNorm}[config.norm]
-    return kind(config.hidden_size, eps=config.norm_eps)
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward: down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate = nn.Linear(d, inner, bias=bias)
-        self.up = nn.Linear(d, inner, bias=bias)
-        self.down = nn.Linear(inner, d, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Each token of x [B, T, d] on its own, [B, T, d]."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class GELU(nn.Module):
-    """Plain feed-forward with the exact GELU: down(gelu(up(x))) (arXiv:1606.08415)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        d, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.up = nn.Linear(d, inner, bias=bias)
-        self.down = nn.Linear(inner, d, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Each token of x [B, T, d] on its own, [B, T, d]."""
-        return self.down(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):
     """Attention and feed-forward around the residual stream; compiled on its own."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.parallel = config.parallel_residual
-        self.attn_norm = build_norm(config)
-        self.attn = Attention(config)
-        self.mlp_norm = build_norm(config)
-        self.mlp = {"swiglu": SwiGLU, "gelu": GELU}[config.mlp](config)
+        self.parallel, self.shared_norm = config.parallel_residual, config.shared_norm
+        self.window, self.rotates = config.windows[layer], config.rotates[layer]
+        self.has_experts = config.expert_layers[layer]
+
+        def norm(present: bool) -> nn.Module:
+            return build_norm(config) if present else nn.Identity()
+
+        self.attn_norm = norm(config.pre_norm)
+        if config.latent_attention is not None:
+            self.attn: nn.Module = LatentAttention(config)
+        else:
+            self.attn = Attention(config, self.window)
+        self.attn_post_norm = norm(config.post_norm)
+        self.mlp_norm = norm(config.pre_norm and not config.shared_norm)
+        if self.has_experts:
+            self.mlp: nn.Module = MixtureOfExperts(config)
+        else:
+            self.mlp = build_mlp(config)
+        self.mlp_post_norm = norm(config.post_norm)
 
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
         mask: Any = None,
         cache: LayerCache | None = None,
-    ) -> Tensor:
-        """The residual stream x [B, T, d] after this block."""
-        attended = self.attn(self.attn_norm(x), cos, sin, mask, cache)
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream x [B, T, d] after this block, and how uneven its experts' load is."""
+        normed = self.attn_norm(x)
+        attended = self.attn_post_norm(self.attn(normed, cos, sin, mask, cache))
         if self.parallel:
-            return x + (attended + self.mlp(self.mlp_norm(x)))
+            out, balance = self.feed_forward(normed if self.shared_norm else self.mlp_norm(x))
+            return x + (attended + out), balance
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x))
+        out, balance = self.feed_forward(self.mlp_norm(x))
+        return x + self.mlp_post_norm(out), balance
+
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Each token of x [B, T, d] on its own, [B, T, d], and the load-balancing loss, if any."""
+        return self.mlp(x) if self.has_experts else (self.mlp(x), None)
 
 
 class Decoder(nn.Module):
     """A causal language model; builds on any device, meta included (weights then come later).
 
-    Parameter names: embed.weight, layers.{i}.{attn_norm,mlp_norm}, layers.{i}.attn.{q,k,v,o},
-    layers.{i}.mlp.{gate,up,down}, norm, head.weight (absent when the embedding is the head).
+    Parameter names: embed, layers.{i}.{attn_norm,mlp_norm}, layers.{i}.attn.{q,k,v,o},
+    layers.{i}.mlp.{gate,up,down}, norm, head (absent when the embedding is the head);
+    `counts.parameter_shapes` has them all.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -107,10 +98,14 @@ class Decoder(nn.Module):
         # device imports the compiler (0.8 s).
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding.from_pretrained(table, freeze=False)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        if config.positions == "learned":
+            table = torch.empty(config.max_seq_length, config.hidden_size)
+            self.positions = nn.Embedding.from_pretrained(table, freeze=False)
+        self.embed_norm = build_norm(config) if config.embedding_norm else nn.Identity()
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = build_norm(config)
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
 
     @property
     def head_rows(self) -> Tensor:
@@ -121,6 +116,11 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """Rows of the output head that stand for a token, [token_ids, d]."""
         return self.head_rows[: self.config.token_ids]
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """The bias of the whole output head, [vocab_size], if it has one."""
+        return None if self.config.tie_embeddings else self.head.bias
 
     def forward(
         self,
@@ -136,22 +136,34 @@ class Decoder(nn.Module):
         """Logits [B, T, token_ids] in compute dtype, or the summed loss when targets are given.
 
         tokens, targets, positions: int64 [B, T]; targets of -100 count nothing. `documents` [B, T]
-        keeps attention and positions inside each (see `documents.py`). With a cache the tokens
-        continue what it holds. `num_logits` keeps the last so many positions' logits only.
+        keeps attention and positions inside each (see `masks.py`). With a cache the tokens
+        continue what it holds. `num_logits` keeps the last so many positions' logits only. In
+        training the loss of a model with experts includes, per counted target, `balance_loss`
+        times the mean over its blocks of how uneven their load is.
         """
-        hidden = self.hidden(tokens, positions=positions, documents=documents, cache=cache)
+        config = self.config
+        hidden, balance = self._run(tokens, positions, documents, cache)
         if targets is not None:
-            return linear_cross_entropy(
+            loss = linear_cross_entropy(
                 hidden.flatten(0, 1),
                 self.head_rows,
                 targets.flatten(),
+                bias=self.head_bias,
+                softcap=config.logit_softcap,
                 z_loss=z_loss,
-                num_token_ids=self.config.token_ids,
+                num_token_ids=config.token_ids,
                 compiled=self.compiled,
             )
+            if balance is None or config.moe is None:
+                return loss
+            return loss + config.moe.balance_loss * balance * (targets != IGNORE).sum()
         if num_logits is not None:
             hidden = hidden[:, hidden.shape[1] - num_logits :]
-        return F.linear(hidden, self.head_weight)
+        bias = None if self.head_bias is None else self.head_bias[: config.token_ids]
+        logits = F.linear(hidden, self.head_weight, bias)
+        if config.logit_softcap is not None:
+            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        return logits
 
     def hidden(
         self,
@@ -162,28 +174,72 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """The normalised residual stream before the head, [B, T, d]."""
+        return self._run(tokens, positions, documents, cache)[0]
+
+    def _run(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The normalised residual stream, and the mean of the blocks' load-balancing losses."""
+        assert cache is None or documents is None, "a cache is for one text a row"
         start = 0 if cache is None else cache.length
         length = tokens.shape[1]
         if documents is not None:
-            assert cache is None, "documents are for training, a cache is for one text a row"
-            mask = document_mask(documents, compiled=self.compiled)
             positions = positions_within(documents)
-        else:
-            mask = _continuation_mask(start, length, tokens.device)
-        if positions is None:
+        elif positions is None:
             positions = torch.arange(start, start + length, device=tokens.device)
-        cos, sin = rope_tables(self.config, positions)
-        x = self.embed(tokens)
+        x = self._embedded(tokens, positions)
+        masks, tables = (
+            self._masks(start, length, x.device, documents),
+            self._tables(positions, start + length),
+        )
+        losses = []
         for index, block in enumerate(self.layers):
-            x = block(x, cos, sin, mask, None if cache is None else cache.layer(index))
+            cos, sin = tables[block.window is not None] if block.rotates else (None, None)
+            layer_cache = None if cache is None else cache.layer(index)
+            x, balance = block(x, cos, sin, masks[block.window], layer_cache)
+            if balance is not None:
+                losses.append(balance)
         if cache is not None:
             cache.length += length
-        return self.norm(x)
+        return self.norm(x), torch.stack(losses).mean() if losses else None
 
+    def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream before the first block, [B, T, d]."""
+        x = self.embed(tokens)
+        if self.config.embedding_scale != 1.0:
+            # Rounded to the type of the weights, as models that have it were trained.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
+        if self.config.positions == "learned":
+            x = x + self.positions(positions)
+        return self.embed_norm(x)
 
-def _continuation_mask(start: int, length: int, device: torch.device) -> Tensor | None:
-    """Who sees whom when several tokens follow a filled cache; None where SDPA needs no mask."""
-    if start == 0 or length == 1:
-        return None
-    rows = torch.arange(start, start + length, device=device)
-    return torch.arange(start + length, device=device) <= rows.unsqueeze(1)
+    def _masks(
+        self, start: int, length: int, device: torch.device, documents: Tensor | None
+    ) -> dict[int | None, Any]:
+        """The attention mask of the blocks without a sliding window, and with it."""
+        plain = documents is None and self.config.attention_softcap is None
+        on_gpu = self.compiled and device.type == "cuda"
+        return {
+            window: attention_mask(
+                start,
+                length,
+                device,
+                window=window,
+                documents=documents,
+                blocks=on_gpu and not (plain and (window is None or window >= length)),
+            )
+            for window in dict.fromkeys(self.config.windows)
+        }
+
+    def _tables(self, positions: Tensor, length: int) -> dict[bool, tuple[Tensor, Tensor]]:
+        """Rotary tables of the blocks without a sliding window (False), and with it (True)."""
+        if not any(self.config.rotates):
+            return {}
+        everywhere = rope_tables(self.config, positions, length)
+        if self.config.rope_local_theta is None:
+            return {False: everywhere, True: everywhere}
+        return {False: everywhere, True: rope_tables(self.config, positions, length, local=True)}

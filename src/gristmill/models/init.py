@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from gristmill.config.model import ModelConfig
 
 STD = 0.02
+READERS = {"embed", "positions", "head", "q", "k", "v", "gate", "up", "router"}
+READERS |= {"q_down", "q_up", "kv_down", "kv_up"}
+"""Modules whose matrices have the plain deviation."""
 
 
 def init_weights(
@@ -21,11 +24,11 @@ def init_weights(
 
     | parameter                          | value                                                  |
     |------------------------------------|--------------------------------------------------------|
-    | embed.weight, head.weight          | N(0, 0.02)                        (GPT-2)              |
-    | attn.{q,k,v}, mlp.{gate,up} weight | N(0, 0.02)                        (GPT-2)              |
-    | attn.o, mlp.down weight            | N(0, 0.02 / sqrt(2 num_layers))   (GPT-2, section 2.3) |
+    | embed, positions, head             | N(0, 0.02)                        (GPT-2)              |
+    | matrices that read the stream      | N(0, 0.02)                        (GPT-2)              |
+    | attn.o, mlp.down (experts' too)    | N(0, 0.02 / sqrt(2 num_layers))   (GPT-2, section 2.3) |
     | every bias                         | 0                                                      |
-    | norm weights                       | 1                                                      |
+    | norm weights                       | 1, or 0 where one is added to them                     |
 
     The depth scale keeps the variance of the residual stream from growing with the 2 num_layers
     branches that add to it ("Language Models are Unsupervised Multitask Learners", 2019).
@@ -48,15 +51,15 @@ def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) 
     """The initial value of the parameter `name`, fp32 on the CPU."""
     module, _, kind = name.rpartition(".")
     leaf = module.rpartition(".")[2]
-    if kind == "bias":
+    if kind in ("bias", "selection_bias"):
         return torch.zeros(shape)
     assert kind == "weight", f"no initial value for the parameter {name}"
-    if leaf in ("norm", "attn_norm", "mlp_norm"):
-        return torch.ones(shape)
+    if leaf.endswith("norm"):
+        return torch.full(shape, 0.0 if config.norm_unit_offset else 1.0)
     if leaf in ("o", "down"):
         std = STD / math.sqrt(2 * config.num_layers)
     else:
-        assert leaf in ("embed", "head", "q", "k", "v", "gate", "up"), f"no initial value: {name}"
+        assert leaf in READERS, f"no initial value for the parameter {name}"
         std = STD
     return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))
 

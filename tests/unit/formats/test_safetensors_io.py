@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gristmill.formats.safetensors_io import read_header, stream, weight_files, write_file
+from gristmill.formats.safetensors_io import open_tensors, read_header, weight_files, write_file
 from gristmill.util.errors import UserError
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.arange(8.0).view(4, 2)}
@@ -19,7 +19,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def read(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for _, name, tensor in stream(weight_files(directory))}
+    return dict(open_tensors(weight_files(directory)))
 
 
 def assert_equal(found, expected):
@@ -27,7 +27,7 @@ def assert_equal(found, expected):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_tensors_stream(file):
+def test_tensors_are_read(file):
     assert_equal(read(file.parent), TENSORS)
 
 

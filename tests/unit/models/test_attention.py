@@ -49,7 +49,7 @@ def test_the_written_out_backward_pass_is_that_of_the_kernel(heads, kv_heads, le
     )
     written = [x.clone().requires_grad_() for x in (q, k, v)]
     kernel = [x.clone().requires_grad_() for x in (q, k, v)]
-    _CausalAttention.apply(*written, None).backward(grad)
+    _CausalAttention.apply(*written, None, 8**-0.5).backward(grad)
     grouped = heads != kv_heads
     F.scaled_dot_product_attention(*kernel, is_causal=True, enable_gqa=grouped).backward(grad)
     for mine, theirs in zip(written, kernel, strict=True):

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
-from gristmill.config.model import ModelConfig, RopeScaling
+from gristmill.config.model import (
+    LatentAttention,
+    MixtureOfExperts,
+    ModelConfig,
+    RopeScaling,
+)
 from gristmill.models.zoo import llama, pythia
-from gristmill.models.zoo.family import Family, Model
+from gristmill.models.zoo.family import Family
+from gristmill.models.zoo.sizes import Model
 from gristmill.util.errors import UserError
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (llama.FAMILY, pythia.FAMILY)}
+# A model that several families can express belongs to the first of them.
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY
+    for module in (
+        llama,
+        pythia,
+    )
+}
 
 SENTENCEPIECE_CLASS = "LlamaTokenizer"
 """The class of `transformers` that reads any SentencePiece `tokenizer.model` as it is meant."""
@@ -70,13 +83,27 @@ def family_of(raw: dict[str, Any]) -> Family:
     """The family of a Hugging Face `config.json`; UserError names what is supported."""
     kind, architectures = raw.get("model_type"), raw.get("architectures") or []
     for candidate in FAMILIES.values():
-        if candidate.architecture in architectures:
+        if {candidate.architecture, *candidate.also_reads} & set(architectures):
             return candidate
         if not architectures and candidate.model_type == kind:
             return candidate
     found = architectures[0] if architectures else kind
     supported = ", ".join(f.architecture for f in FAMILIES.values())
     raise UserError(f"Architecture {found!r} is not supported. Supported: {supported}.")
+
+
+def family_for(config: ModelConfig) -> ModelConfig:
+    """The same model in the first family whose `config.json` can express it.
+
+    For a configuration that comes from a format without families. Raises UserError when none can.
+    """
+    for candidate in FAMILIES.values():
+        if candidate.expresses(config):
+            return replace(config, family=candidate.name)
+    raise UserError(
+        f"No architecture has all the switches of {config.name}. Supported: "
+        f"{', '.join(f.architecture for f in FAMILIES.values())}."
+    )
 
 
 def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
@@ -88,5 +115,18 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
             f"The model configuration has unknown settings ({', '.join(unknown)}). "
             "Update gristmill: a newer version wrote it."
         )
-    scaling = raw.get("rope_scaling")
-    return ModelConfig(**{**raw, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+    nested = {
+        "rope_scaling": RopeScaling,
+        "moe": MixtureOfExperts,
+        "latent_attention": LatentAttention,
+    }
+    values = {key: _tuples(value) for key, value in raw.items()}
+    for key, kind in nested.items():
+        if values.get(key):
+            values[key] = kind(**{k: _tuples(v) for k, v in values[key].items()})
+    return ModelConfig(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where our configurations have tuples."""
+    return tuple(value) if isinstance(value, list) else value

@@ -8,9 +8,9 @@ from gristmill.config.model import ModelConfig
 from gristmill.data.reading.stream import Batch
 from gristmill.models.attention import _CausalAttention, attend
 from gristmill.models.decoder import Decoder
-from gristmill.models.documents import document_mask, positions_within
 from gristmill.models.init import init_weights
 from gristmill.models.loss import IGNORE
+from gristmill.models.masks import attention_mask, positions_within
 from gristmill.parallel.compile import compile_blocks, missing_for_compile
 from gristmill.train.batch import TokenBatch
 
@@ -96,8 +96,10 @@ def check_equal(cfg, *, compiled=False, micro=4):
     "changes",
     [
         {},
-        {"num_kv_heads": 4, "norm": "layernorm", "mlp": "gelu", "parallel_residual": True},
+        {"num_kv_heads": 4, "norm": "layernorm", "mlp": "plain", "parallel_residual": True},
         {"rope_fraction": 0.5, "tie_embeddings": True},
+        {"sliding_window": 7, "sliding_pattern": (True, False)},
+        {"attention_softcap": 2.0, "sliding_window": 7, "positions": "learned"},
     ],
 )
 def test_packed_documents_train_like_documents_apart(changes, micro):
@@ -129,6 +131,18 @@ def test_positions_begin_anew_in_each_document():
     assert positions_within(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
 
 
+@pytest.mark.parametrize("start", [0, 5])
+@pytest.mark.parametrize("window", [None, 1, 3, 9, 50])
+def test_a_token_sees_itself_and_the_last_of_those_before_it(start, window):
+    mask = attention_mask(start, 6, CPU, window=window)
+    if mask is None:
+        mask = torch.ones(6, 6, dtype=torch.bool).tril()[None, None]
+    for row in range(6):
+        seen = mask[0, 0, row].nonzero().flatten().tolist()
+        first = 0 if window is None else max(0, start + row - window + 1)
+        assert seen == list(range(first, start + row + 1))
+
+
 def test_padding_rows_are_no_targets():
     batch = packed_batch()
     batch.valid[2] = False
@@ -148,10 +162,10 @@ def test_the_written_out_backward_pass_keeps_documents_apart(heads, kv_heads, le
     )
     documents = torch.randint(0, 2, (2, length), generator=generator).cumsum(1)
     documents[0] //= 20  # a row of long documents, and one of short ones
-    mask = document_mask(documents, compiled=False)
+    mask = attention_mask(0, length, CPU, documents=documents)
     written = [x.clone().requires_grad_() for x in (q, k, v)]
     kernel = [x.clone().requires_grad_() for x in (q, k, v)]
-    _CausalAttention.apply(*written, mask).backward(grad)
+    _CausalAttention.apply(*written, mask, 8**-0.5).backward(grad)
     attend(*kernel, mask).backward(grad)
     for mine, theirs in zip(written, kernel, strict=True):
         # The scores are kept in fp32, whatever the inputs are.
