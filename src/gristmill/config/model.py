@@ -85,6 +85,8 @@ class LatentAttention:
     """Width of the rotated part; its key is shared by all heads."""
     v_head_dim: int
     """Width of a value head."""
+    norm_eps: float = 1e-6
+    """Added to the variance when those vectors are normalised."""
 
 
 @dataclass(frozen=True, kw_only=True)

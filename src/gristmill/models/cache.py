@@ -1,4 +1,4 @@
-"""The key-value cache of incremental decoding: static buffers of the grouped heads."""
+"""What incremental decoding keeps of the tokens that it has read, in static buffers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from gristmill.config.model import ModelConfig
 class KVCache:
     """Room for `max_length` positions of `batch_size` sequences; `length` positions are filled.
 
-    One forward of the decoder with the cache appends its tokens; setting `length` back forgets the
-    positions behind it (their memory is overwritten by the next forward).
+    `tensors` are those of `config.cached_heads`, each [layers, B, heads, max_length, width]: keys
+    and values, or under latent attention one vector that both are made from. One forward of the
+    decoder with the cache appends its tokens; setting `length` back forgets the positions behind
+    it (their memory is overwritten by the next forward).
     """
 
     def __init__(
@@ -23,15 +25,23 @@ class KVCache:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        shape = (config.num_layers, batch_size, config.kv_heads, max_length, config.head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        layers = config.num_layers
+        self.tensors = tuple(
+            torch.zeros((layers, batch_size, heads, max_length, width), device=device, dtype=dtype)
+            for heads, width in config.cached_heads
+        )
         self.max_length = max_length
         self.length = 0
 
     def layer(self, index: int) -> LayerCache:
         """What block `index` reads and appends to."""
-        return LayerCache(self.keys[index], self.values[index], self.length)
+        return LayerCache(tuple(tensor[index] for tensor in self.tensors), self.length)
+
+    def copy_from(self, other: KVCache, length: int) -> None:
+        """Take over the first `length` positions of a cache of the same model and batch size."""
+        for tensor, source in zip(self.tensors, other.tensors, strict=True):
+            tensor[..., :length, :] = source[..., :length, :]
+        self.length = length
 
     def reset(self) -> None:
         """Forget every position."""
@@ -39,16 +49,16 @@ class KVCache:
 
 
 class LayerCache:
-    """One block's keys and values [B, kv_heads, max_length, head_size], `start` of them filled."""
+    """One block's tensors [B, heads, max_length, width], the first `start` positions filled."""
 
-    __slots__ = ("keys", "start", "values")
+    __slots__ = ("start", "tensors")
 
-    def __init__(self, keys: Tensor, values: Tensor, start: int) -> None:
-        self.keys, self.values, self.start = keys, values, start
+    def __init__(self, tensors: tuple[Tensor, ...], start: int) -> None:
+        self.tensors, self.start = tensors, start
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, as views, after adding [B, kv_heads, T, head_size]."""
-        end = self.start + keys.shape[2]
-        self.keys[:, :, self.start : end] = keys
-        self.values[:, :, self.start : end] = values
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """All that is kept so far, as views, after adding a [B, heads, T, width] to each tensor."""
+        end = self.start + new[0].shape[2]
+        for tensor, part in zip(self.tensors, new, strict=True):
+            tensor[:, :, self.start : end] = part
+        return tuple(tensor[:, :, :end] for tensor in self.tensors)

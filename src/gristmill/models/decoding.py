@@ -44,9 +44,7 @@ class Context:
         config = self.model.config
         grown = KVCache(config, 1, length, device=self.device, dtype=self._cache_dtype)
         if self._cache is not None:
-            filled = len(self.ids)
-            grown.keys[..., :filled, :] = self._cache.keys[..., :filled, :]
-            grown.values[..., :filled, :] = self._cache.values[..., :filled, :]
+            grown.copy_from(self._cache, len(self.ids))
         self._cache = grown
 
     def read(self, ids: Sequence[int]) -> Tensor:

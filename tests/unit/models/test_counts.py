@@ -70,7 +70,7 @@ def test_causal_attention_sees_half_the_keys():
 
 def test_cache_bytes_are_those_of_the_cache():
     cache = KVCache(GROUPED, 3, 40, dtype=torch.float32)
-    held = cache.keys.nbytes + cache.values.nbytes
+    held = sum(tensor.nbytes for tensor in cache.tensors)
     assert counts.kv_cache_bytes(GROUPED, 3, 40, bytes_per_value=4) == held
 
 
