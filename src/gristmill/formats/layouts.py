@@ -128,8 +128,7 @@ def _turn_pairs(tensor: Tensor, head: int, rotated: int, to_halves: bool) -> Ten
 def _pairs(at_end: bool, to_halves: bool) -> Callable[..., list[Tensor]]:
     def turn(tensors: Sequence[Tensor], config: ModelConfig, _: object = None) -> list[Tensor]:
         latent = config.latent_attention
-        assert latent is not None, "pairs are the layout of latent attention"
-        rotated = latent.qk_rope_head_dim
+        rotated = config.head_size if latent is None else latent.qk_rope_head_dim
         heads = [t.shape[0] if at_end else config.head_size for t in tensors]
         return [_turn_pairs(t, head, rotated, to_halves) for t, head in zip(tensors, heads)]
 
