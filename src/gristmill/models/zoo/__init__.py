@@ -12,7 +12,24 @@ from gristmill.config.model import (
     ModelConfig,
     RopeScaling,
 )
-from gristmill.models.zoo import llama, pythia
+from gristmill.models.zoo import (
+    deepseek_v2,
+    deepseek_v3,
+    falcon,
+    gpt2,
+    llama,
+    mistral,
+    nanochat,
+    olmo,
+    olmo2,
+    olmo3,
+    pythia,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from gristmill.models.zoo.family import Family
 from gristmill.models.zoo.sizes import Model
 from gristmill.util.errors import UserError
@@ -22,7 +39,21 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         llama,
+        mistral,
+        qwen2,
+        qwen3,
+        smollm3,
         pythia,
+        stablelm,
+        falcon,
+        gpt2,
+        olmo,
+        olmo2,
+        olmo3,
+        nanochat,
+        starcoder2,
+        deepseek_v2,
+        deepseek_v3,
     )
 }
 
