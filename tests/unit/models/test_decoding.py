@@ -12,7 +12,8 @@ SHAPES = {
     "parallel": {
         "family": "pythia",
         "norm": "layernorm",
-        "mlp": "gelu",
+        "mlp": "plain",
+        "activation": "gelu",
         "qkv_bias": True,
         "attention_out_bias": True,
         "mlp_bias": True,
