@@ -17,7 +17,7 @@ from gristmill.tokenizer.sidecar import FILES, Sidecar, read_sidecar
 from gristmill.tokenizer.stream import StreamDecoder
 from gristmill.util.errors import UserError
 from gristmill.util.gguf_header import find_gguf
-from gristmill.util.paths import resolve_model_dir
+from gristmill.util.paths import download_command, resolve_model_dir
 
 _DEFINITIONS = ("tokenizer.json", "tokenizer.model")
 
@@ -179,7 +179,9 @@ def _find(path: str | Path) -> Path:
     if packed is not None:
         return gguf_vocabulary.unpack(packed)
     found = "no tokenizer.json or tokenizer.model in it" if root.is_dir() else "no such directory"
+    fetch = None if root.is_dir() else download_command(path)
+    fetched = f"fetch one with `{fetch} --tokenizer_only true`, " if fetch else ""
     raise UserError(
-        f"no tokenizer at {path} ({found}). name a directory with one, or make one with "
+        f"no tokenizer at {path} ({found}). name a directory with one, {fetched}or make one with "
         "`gristmill tokenizer train --input_dir TEXT --out_dir DIR`."
     )

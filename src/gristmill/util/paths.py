@@ -31,21 +31,26 @@ def resolve_model_dir(path: str | os.PathLike[str]) -> Path:
     return given
 
 
-def how_to_get(path: str | os.PathLike[str]) -> str:
-    """What to do about a model at `path` that is not there: the command that downloads it.
+def download_command(path: str | os.PathLike[str]) -> str | None:
+    """The command that downloads what is not at `path`; None for a path the hub has no name for.
 
-    Only a name that the hub could have (ORG/NAME or NAME, under `checkpoints/` or not) is
-    suggested for download, and no path in a folder of this machine.
+    Names of the hub are ORG/NAME or NAME, under `checkpoints/` or not; a folder that is there with
+    something else in it is none.
     """
     parts = Path(path).parts
     name = "/".join(parts[parts[:1] == (DOWNLOADS,) :])
     local = parts[:1] != (DOWNLOADS,) and len(parts) == 2 and Path(parts[0]).is_dir()
-    if not local and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        return (
-            f"Fetch it with `gristmill download {name}`, "
-            "or name a model directory, such as out/quickstart/final."
-        )
-    return "Name a model directory, such as out/quickstart/final."
+    if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return None
+    return f"gristmill download {name}"
+
+
+def how_to_get(path: str | os.PathLike[str]) -> str:
+    """What to do about a model that is not at `path`: the command that downloads it, if any."""
+    command = download_command(path)
+    if command is None:
+        return "Name a model directory, such as out/quickstart/final."
+    return f"Fetch it with `{command}`, or name a model directory, such as out/quickstart/final."
 
 
 def user_cache_dir() -> Path:
