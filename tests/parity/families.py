@@ -25,6 +25,10 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+THETA = {"rope_theta": 5e3}
+PAD = {"pad_token_id": None}  # their default is beyond these rows
 
 Case = tuple[str, dict[str, Any]]
 CASES: dict[str, Case] = {}
@@ -35,6 +39,41 @@ CASES |= {
     "llama-tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
     "llama-scaled": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
+    "llama-linear": ("Llama", {"rope_parameters": {**LINEAR, **THETA}}),
+    "llama-yarn": ("Llama", {"rope_parameters": {**YARN, **THETA}}),
+    "llama-gelu": ("Llama", {"hidden_act": "gelu", "rms_norm_eps": 1e-3}),
+}
+
+# mistral
+CASES |= {
+    "mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": None}),
+    "mistral-window": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 8, "head_dim": 16}),
+}
+
+# qwen2, qwen3
+SOME_WINDOWS = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+CASES |= {
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2}),
+    "qwen2-tied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    "qwen2-windows": ("Qwen2", {"num_key_value_heads": 2, **SOME_WINDOWS}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-windows": ("Qwen3", {"num_key_value_heads": 2, "attention_bias": True, **SOME_WINDOWS}),
+}
+
+# smollm3
+CASES |= {
+    "smollm3": ("SmolLM3", {**PAD, "num_hidden_layers": 4, "num_key_value_heads": 2}),
+    "smollm3-windows": (
+        "SmolLM3",
+        {
+            **PAD,
+            "num_key_value_heads": 2,
+            "no_rope_layers": [0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 # pythia
@@ -48,5 +87,152 @@ CASES |= {
         },
     ),
     "neox-tied": ("GPTNeoX", {"tie_word_embeddings": True}),
-    "neox-no-bias": ("GPTNeoX", {"attention_bias": False}),
+    "neox-no-bias": ("GPTNeoX", {"attention_bias": False, "hidden_act": "gelu_pytorch_tanh"}),
+}
+
+# stablelm
+CASES |= {
+    "stablelm": ("StableLm", {"num_key_value_heads": 4}),
+    "stablelm-parallel": (
+        "StableLm",
+        {
+            "num_key_value_heads": 2,
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_theta": 5e3, "partial_rotary_factor": 0.5},
+        },
+    ),
+}
+
+# falcon
+CASES |= {
+    "falcon-7b": ("Falcon", {"ffn_hidden_size": 48}),
+    "falcon-40b": (
+        "Falcon",
+        {"ffn_hidden_size": 48, "new_decoder_architecture": True, "num_kv_heads": 2},
+    ),
+    "falcon-one-norm": (
+        "Falcon",
+        {
+            "ffn_hidden_size": 48,
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon-sequential": (
+        "Falcon",
+        {"ffn_hidden_size": 48, "multi_query": False, "parallel_attn": False, "bias": True},
+    ),
+}
+
+# gpt2; its classes drop out 0.1 unless they are told
+KEEP = {"n_inner": 48, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+CASES |= {
+    "gpt2": ("GPT2", KEEP),
+    "gpt2-untied": (
+        "GPT2",
+        {**KEEP, "tie_word_embeddings": False, "activation_function": "gelu"},
+    ),
+}
+
+YARN8 = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.2,
+    "rope_theta": 5e5,
+}
+# olmo, olmo2, olmo3
+CASES |= {
+    "olmo": ("Olmo", {}),
+    "olmo-clip": (
+        "Olmo",
+        {
+            "clip_qkv": 0.5,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+        },
+    ),
+    "olmo2": ("Olmo2", {"num_key_value_heads": 2}),
+    "olmo2-bias": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "full_attention": YARN8,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "olmo3-pattern": (
+        "Olmo3",
+        {
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+}
+
+# nanochat
+CASES |= {
+    "nanochat": ("NanoChat", {"num_key_value_heads": 2, "final_logit_softcapping": 2.0}),
+    "nanochat-bias": (
+        "NanoChat",
+        {"attention_bias": True, "final_logit_softcapping": None, "tie_word_embeddings": True},
+    ),
+}
+
+# starcoder2
+CASES |= {
+    "starcoder2": ("Starcoder2", {"num_key_value_heads": 2, "sliding_window": 8}),
+    "starcoder2-plain": (
+        "Starcoder2",
+        {"num_key_value_heads": 4, "use_bias": False, "tie_word_embeddings": False},
+    ),
+}
+
+# deepseek_v2, deepseek_v3
+LATENT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
+    "beta_fast": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LATENT = {
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+}
+NO_MTP = {"num_nextn_predict_layers": 0}
+LITE = {"q_lora_rank": None, "n_group": 1, "topk_group": 1}
+CASES |= {
+    "deepseek_v2": ("DeepseekV2", {**LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek_v2-lite": ("DeepseekV2", {**LATENT, **LITE, "rope_parameters": LATENT_YARN}),
+    "deepseek_v3": ("DeepseekV3", {**LATENT, **NO_MTP, "rope_parameters": LATENT_YARN}),
+    "deepseek_v3-lite": ("DeepseekV3", {**LATENT, **LITE, **NO_MTP, "rms_norm_eps": 1e-5}),
 }

@@ -46,9 +46,13 @@ def parse_blocks(raw: Json) -> Json:
 
 
 def block_words(config: ModelConfig) -> Json:
-    """The other direction; `no_rope_layers` has a one for each block that rotates."""
+    """The other direction; `no_rope_layers` has a one for each block that rotates.
+
+    A `pad_token_id` is written because that of the architecture is beyond a smaller vocabulary.
+    """
     windowed = any(config.windows)
     return {
+        "pad_token_id": None,
         "no_rope_layers": [int(rotates) for rotates in config.rotates],
         "layer_types": layer_types(config),
         "use_sliding_window": windowed,
