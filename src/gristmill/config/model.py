@@ -195,6 +195,13 @@ class ModelConfig:
     eos_token_id: int | None = None
     """End-of-sequence id, for `config.json`."""
 
+    def __post_init__(self) -> None:
+        """Equal models are equal: what a value would be when unset becomes unset."""
+        if self.num_kv_heads == self.num_heads:
+            object.__setattr__(self, "num_kv_heads", None)
+        if self.head_dim is not None and self.head_dim * self.num_heads == self.hidden_size:
+            object.__setattr__(self, "head_dim", None)
+
     @property
     def kv_heads(self) -> int:
         """Key and value heads, resolved."""

@@ -128,7 +128,7 @@ def test_no_model_there(tmp_path):
     with pytest.raises(UserError, match=r"is no model directory \(no config.json"):
         read_config(tmp_path)
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="file is a file"):
+    with pytest.raises(UserError, match="file is no model file"):
         read_config(tmp_path / "file")
 
 
@@ -168,7 +168,7 @@ def test_tensor_of_another_shape_is_named(final):
     file.write_text(json.dumps(words))
     wanted = words["intermediate_size"]
     with pytest.raises(
-        UserError, match=rf"tensor \S*mlp\S* is .*, but config\.json makes .*{wanted}"
+        UserError, match=rf"tensor \S*mlp\S* is .*, but the configuration makes .*{wanted}"
     ):
         load_model(final)
 

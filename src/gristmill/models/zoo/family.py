@@ -134,9 +134,6 @@ class Family:
             values |= parse_rope(raw, self.theta_key)
         values |= self.fixed
         values |= self.parse_more(raw) if self.parse_more else {}
-        heads, hidden = values["num_heads"], values["hidden_size"]
-        if values.get("head_dim") == hidden // heads and not hidden % heads:
-            values["head_dim"] = None
         return ModelConfig(**values)
 
     @property
