@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from families import CASES, TINY
 
 from gristmill.formats import hf
 from gristmill.formats.model_dir import load_model, load_weights, read_config
 from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
-
-from families import CASES, TINY
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
@@ -28,11 +27,14 @@ def pair(request, tmp_path: Path):
     kind, options = CASES[request.param]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**TINY, **options})
-    config._attn_implementation = "eager"
-    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    build = transformers.AutoModelForCausalLM.from_config
+    theirs = build(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # biases and norms start at 0 and 1
             parameter += 0.1 * torch.randn_like(parameter)
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.1 * torch.randn_like(buffer)
     theirs.save_pretrained(tmp_path / "theirs")
     return theirs, tmp_path / "theirs", load_model(tmp_path / "theirs")
 
@@ -143,4 +145,6 @@ def test_half_precision_and_shards_load_there(pair, tmp_path):
     for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, dict(reloaded.named_parameters())[name]), name
     tokens, _ = tokens_and_targets()
-    torch.testing.assert_close(back(tokens).logits, ours(tokens), atol=0.3, rtol=0.1)
+    close = torch.isclose(back(tokens).logits, ours(tokens), atol=0.3, rtol=0.1).all(-1)
+    # Rounding may send a token to other experts, and those behind it see that.
+    assert close.float().mean() >= (1.0 if ours.config.moe is None else 0.8)
