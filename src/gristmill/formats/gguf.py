@@ -65,7 +65,7 @@ def find(place: Path) -> ModelDir | None:
         config=config,
         kind="gguf",
         open_tensors=partial(_open_tensors, header, config),
-        weights=row.table(fused_qkv=any(".attn_qkv." in name for name in shapes)),
+        weights=row.table(shapes),
         is_dropped=table.ROPE_FACTORS.__eq__,
     )
 
@@ -93,10 +93,10 @@ def write(
     config = table.without_idle_window(config)
 
     def shapes(row: table.Architecture) -> dict[str, tuple[int, ...]]:
-        return TheirTensors(row.table(fused_qkv=row.fused_qkv), config, tensors).shapes
+        return TheirTensors(row.table_for(config), config, tensors).shapes
 
     row = table.row_for(config, zoo.family(config.family).architecture, shapes)
-    theirs = TheirTensors(row.table(fused_qkv=row.fused_qkv), config, tensors)
+    theirs = TheirTensors(row.table_for(config), config, tensors)
     partly = out.with_name(f".{out.name}.partial")
     writer = library.GGUFWriter(str(partly), row.name)
     try:

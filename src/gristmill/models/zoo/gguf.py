@@ -8,7 +8,7 @@ architecture does otherwise stands in its row. What llama.cpp does with a file i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,6 +66,10 @@ COMMON = (
 """The tensors of every architecture; `{i}` is the block."""
 
 FUSED_QKV = _both(QKV, *(f"layers.{{i}}.attn.{part}" for part in "qkv"), layout="blocks")
+SECOND_NORM = (
+    *_both("blk.{i}.attn_norm_2", "layers.{i}.attn_norm"),
+    *_both("blk.{i}.attn_norm", "layers.{i}.mlp_norm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +92,32 @@ class Architecture:
     """llama.cpp knows the sliding window of some blocks."""
     parallel: str | None = None
     """Parallel residual: the key that says it, or `norms` where the tensors do."""
-    head_count_as_rotation: bool = False
-    """Written without `rope.dimension_count`: whole heads rotate."""
+    second_norm: bool = False
+    """Where attention and feed-forward have a normalisation each, that of attention is the second
+    in the file."""
+    clip: bool = False
+    """Queries, keys and values may be cut to a range."""
+    refused: tuple[str, ...] = ()
+    """Switches of which llama.cpp knows nothing here, though the files would have a place."""
     more: Callable[[dict[str, Any], Metadata], dict[str, Any]] | None = None
     """Fields that take more than a key: the fields so far, metadata -> fields."""
-    keep: Mapping[str, Any] = field(default_factory=dict)
-    """Further metadata that llama.cpp wants to see in its files."""
 
     def key(self, name: str) -> str:
         """The full key of a value of this architecture."""
         return f"{self.name}.{name}"
 
-    def table(self, *, fused_qkv: bool) -> tuple[Weight, ...]:
-        """Names and layouts of the tensors."""
-        return (*COMMON, *self.weights, *(FUSED_QKV if fused_qkv else ()))
+    def table(self, names: Collection[str]) -> tuple[Weight, ...]:
+        """Names and layouts of the tensors in a file that has tensors of these names."""
+        fused = any(".attn_qkv." in name for name in names)
+        second = any(".attn_norm_2." in name for name in names)
+        lines = (*COMMON, *self.weights, *(FUSED_QKV if fused else ()))
+        return (*lines, *(SECOND_NORM if second else ()))
+
+    def table_for(self, config: ModelConfig) -> tuple[Weight, ...]:
+        """The same for a file to be written."""
+        second = self.second_norm and not config.shared_norm
+        names = [".attn_qkv."] * self.fused_qkv + [".attn_norm_2."] * second
+        return self.table(names)
 
 
 def architecture(metadata: Metadata) -> Architecture:
@@ -123,7 +139,10 @@ def parse(row: Architecture, metadata: Metadata, shapes: Shapes, values: Values)
     out |= _rope(row, metadata, shapes, values, out)
     out |= row.fixed
     out |= row.more(out, metadata) if row.more else {}
-    for key in (*_SCALES, "attention.scale", "attention.clamp_kqv"):
+    clip = metadata.get(row.key("attention.clamp_kqv")) or None
+    if clip is not None and row.clip:
+        out["qkv_clip"] = clip
+    for key in (*_SCALES, "attention.scale", *(() if row.clip else ("attention.clamp_kqv",))):
         value = metadata.get(row.key(key))
         neutral = (None, 0.0, 1.0) if key in _SCALES else (None, 0.0)
         if value not in neutral:
@@ -159,16 +178,18 @@ def describe(row: Architecture, config: ModelConfig) -> dict[str, Any]:
         words["expert_feed_forward_length"] = config.moe.intermediate_size
     if row.windows and config.sliding_window is not None:
         words["attention.sliding_window"] = config.sliding_window
+    if config.qkv_clip is not None and row.clip:
+        words["attention.clamp_kqv"] = float(config.qkv_clip)
     if config.attention_softcap is not None:
         words["attn_logit_softcapping"] = float(config.attention_softcap)
     if config.logit_softcap is not None:
         words["final_logit_softcapping"] = float(config.logit_softcap)
     scaling = config.rope_scaling
+    if scaling is not None and scaling.kind in ("llama3", "yarn"):
+        words["rope.scaling.original_context_length"] = scaling.original_max_seq_length
     if scaling is not None and scaling.kind in ("linear", "yarn"):
         words["rope.scaling.type"] = scaling.kind
         words["rope.scaling.factor"] = float(scaling.factor)
-        if scaling.kind == "yarn":
-            words["rope.scaling.original_context_length"] = scaling.original_max_seq_length
     return {ARCHITECTURE: row.name, **{row.key(key): value for key, value in words.items()}}
 
 
@@ -225,7 +246,7 @@ def _lost(
         back = parse(row, describe(row, config), tensors, values.__getitem__)
     except UserError as error:
         return [str(error)]
-    return _differences(config, back)
+    return [name for name in row.refused if getattr(config, name)] + _differences(config, back)
 
 
 def _need(row: Architecture, metadata: Metadata, name: str, default: Any = None) -> Any:
@@ -251,7 +272,7 @@ def _sizes(row: Architecture, metadata: Metadata, shapes: Shapes) -> dict[str, A
     kv_heads = _need(row, metadata, "attention.head_count_kv", heads)
     inner = _need(row, metadata, "feed_forward_length", 4 * hidden)
     out: dict[str, Any] = {
-        "name": metadata.get("general.name") or "custom",
+        "name": "-".join(metadata.get("general.name", "").split()) or "custom",
         "vocab_size": shapes[EMBEDDING][0],
         "max_seq_length": _need(row, metadata, "context_length"),
         "num_layers": _need(row, metadata, "block_count"),
@@ -285,11 +306,13 @@ def _switches(row: Architecture, metadata: Metadata, shapes: Shapes) -> dict[str
     out: dict[str, Any] = {
         "tie_embeddings": not has("output.weight"),
         "head_bias": has("output.bias"),
-        "norm_bias": has("output_norm.bias"),
+        "norm_bias": row.fixed.get("norm") != "layernorm" or has("output_norm.bias"),
         "qkv_bias": has("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"),
         "attention_out_bias": has("blk.0.attn_output.bias"),
         "mlp_bias": has("blk.0.ffn_up.bias"),
     }
+    if row.second_norm:
+        out["shared_norm"] = not has("blk.0.attn_norm_2.weight")
     if row.parallel == "norms":
         out["parallel_residual"] = out["shared_norm"] = not has("blk.0.ffn_norm.weight")
     elif row.parallel is not None:
@@ -308,8 +331,9 @@ def _rope(
     rope = {"rope_theta": theta, "rope_fraction": rotated / out["head_dim"]}
     kind = metadata.get(row.key("rope.scaling.type"), "none")
     if ROPE_FACTORS in shapes:
-        numbers = values(ROPE_FACTORS)
-        return rope | {"rope_scaling": _scaling_of(numbers, rotated, theta, out["max_seq_length"])}
+        original = metadata.get(row.key("rope.scaling.original_context_length"), 8192)
+        scaled = _scaling_of(values(ROPE_FACTORS), rotated, theta, original)
+        return rope | {"rope_scaling": scaled}
     if "rope_factors_long.weight" in shapes or kind not in ("none", "linear", "yarn"):
         raise UserError(
             f"the rotary scaling ({kind}) is not supported from GGUF. "
@@ -319,27 +343,24 @@ def _rope(
         return rope
     factor = float(_need(row, metadata, "rope.scaling.factor"))
     if kind == "linear":
-        if factor == 1:
-            return rope
-        original = out["max_seq_length"]
-        return rope | {"rope_scaling": RopeScaling(kind=kind, factor=factor)} if original else rope
+        scaling = None if factor == 1 else RopeScaling(kind=kind, factor=factor)
+        return rope | {"rope_scaling": scaling}
     original = _need(row, metadata, "rope.scaling.original_context_length")
     scaling = RopeScaling(kind=kind, factor=factor, original_max_seq_length=original)
     return rope | {"rope_scaling": scaling}
 
 
-def _scaling_of(numbers: list[float], size: int, theta: float, context: int) -> RopeScaling | None:
-    """Llama 3's scaling with these divisors; a file has them and not what they came from."""
+def _scaling_of(numbers: list[float], size: int, theta: float, original: int) -> RopeScaling | None:
+    """Llama 3's scaling with these divisors; a file has them and not all that they came from."""
     factor = max(numbers)
     if factor == 1:
         return None
-    for original in (8192, context):
-        scaling = RopeScaling(kind="llama3", factor=factor, original_max_seq_length=original)
-        expected = _factors(size, theta, scaling)
-        if len(expected) == len(numbers) and all(
-            math.isclose(a, b, rel_tol=1e-4) for a, b in zip(expected, numbers)
-        ):
-            return scaling
+    scaling = RopeScaling(kind="llama3", factor=factor, original_max_seq_length=original)
+    expected = _factors(size, theta, scaling)
+    if len(expected) == len(numbers) and all(
+        math.isclose(a, b, rel_tol=1e-4) for a, b in zip(expected, numbers)
+    ):
+        return scaling
     raise UserError(
         f"the divisors in {ROPE_FACTORS} are none that are known. "
         "Use the model's Hugging Face directory."
@@ -394,10 +415,6 @@ def _gemma_3(out: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
     return {**_gemma_3_scale(out, metadata), "rope_local_theta": float(local)}
 
 
-def _falcon(out: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
-    return {"rope_fraction": 1.0}
-
-
 _PAIRS = tuple(
     line
     for part in "qk"
@@ -419,6 +436,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         Architecture(
             name="llama",
             classes=("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+            weights=_PAIRS,
+        ),
+        Architecture(
+            name="smollm3",
+            classes=("SmolLM3ForCausalLM",),
+            fixed={"rope_pattern": (True, True, True, False)},
             weights=_PAIRS,
         ),
         Architecture(name="qwen2", classes=("Qwen2ForCausalLM",)),
@@ -460,6 +483,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             eps=EPS,
             fused_qkv=True,
             parallel="use_parallel_residual",
+            refused=("tie_embeddings",),
+        ),
+        Architecture(
+            name="falcon",
+            classes=("FalconForCausalLM",),
+            fixed=LAYERNORM | {"activation": "gelu", "parallel_residual": True},
+            eps=EPS,
+            fused_qkv=True,
+            second_norm=True,
+            refused=("qkv_bias", "attention_out_bias", "mlp_bias"),
         ),
         Architecture(
             name="stablelm",
@@ -472,6 +505,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             name="olmo2",
             classes=("Olmo2ForCausalLM",),
             fixed={"pre_norm": False, "post_norm": True, "qk_norm": "full"},
+        ),
+        Architecture(
+            name="olmo",
+            classes=("OlmoForCausalLM",),
+            fixed={"norm": "layernorm", "norm_weight": False},
+            weights=_PAIRS,
+            eps=EPS,
+            clip=True,
         ),
         Architecture(
             name="starcoder2",
