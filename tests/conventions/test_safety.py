@@ -9,6 +9,8 @@ from pathlib import Path
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # The error that torch.load(weights_only=True) raises, imported by its name.
 HARMLESS = {"pickle.UnpicklingError"}
+# The one reader of foreign pickles: it finds the names of its list and no others.
+ALLOWED = {("src/gristmill/formats/pickles.py", "pickle.Unpickler")}
 # Homes of people and of build machines; written in pieces so that this file passes its own test.
 MACHINE_PATHS = re.compile(
     "|".join([r"(?<![\w.])/(?:root|home|Users)" + r"/\w", "/opt/" + "wheels"])
@@ -38,7 +40,8 @@ def test_nothing_executes_what_it_reads(package):
     wrong = [f"{s.name}:{line} {what}" for s in package for line, what in _unsafe_calls(s.tree)]
     for source in package:
         for line, name in source.imports():
-            if name.split(".")[0] in PICKLES and name not in HARMLESS:
+            allowed = name in HARMLESS or (source.name, name) in ALLOWED
+            if name.split(".")[0] in PICKLES and not allowed:
                 wrong.append(f"{source.name}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
 

@@ -1,17 +1,17 @@
 """How parameters lie in the tensors of a file: cut, joined and turned, exactly and both ways.
 
-| layout            | tensors of the file                          | parameters                        |
-|-------------------|----------------------------------------------|-----------------------------------|
-| same              | one                                          | the same                          |
-| transposed        | [in, out]                                    | [out, in]                         |
-| groups            | rows go key head by key head: its query heads, itself, its value head | q, k, v  |
-| blocks            | one after the other on rows                  | several                           |
-| blocks_transposed | one after the other on columns of [in, out]  | several [out, in]                 |
-| experts           | one tensor for each expert                   | [experts, out, in]                |
-| stacked_blocks    | [experts, rows one after the other, in]      | several [experts, out, in]        |
-| halves_swapped    | heads that are rotated in the other sense    | the two halves of a head change   |
-| pairs_per_head    | rotated rows of each head lie in pairs       | first halves, then second halves  |
-| pairs_at_end      | the same for one head behind other rows      | first halves, then second halves  |
+| layout            | tensors of the file                         | parameters                    |
+|-------------------|---------------------------------------------|-------------------------------|
+| same              | one                                         | the same                      |
+| transposed        | [in, out]                                   | [out, in]                     |
+| groups            | per key head: its query heads, it, its value head | q, k, v                 |
+| blocks            | one after the other on rows                 | several                       |
+| blocks_transposed | one after the other on columns of [in, out] | several [out, in]             |
+| experts           | one tensor for each expert                  | [experts, out, in]            |
+| stacked_blocks    | [experts, rows one after the other, in]     | several [experts, out, in]    |
+| halves_swapped    | heads that are rotated in the other sense   | a head's halves change places |
+| pairs_per_head    | rotated rows of each head lie in pairs      | in halves                     |
+| pairs_at_end      | the same for one head behind other rows     | in halves                     |
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _join_groups(tensors: Sequence[Tensor], config: ModelConfig) -> list[Tensor]
 def _split_blocks(
     tensors: Sequence[Tensor], config: ModelConfig, shapes: Sequence[Shape]
 ) -> list[Tensor]:
-    return list(tensors[0].split([shape[0] for shape in shapes]))
+    return list(torch.split(tensors[0], [shape[0] for shape in shapes]))
 
 
 def _join_blocks(tensors: Sequence[Tensor], config: ModelConfig) -> list[Tensor]:
@@ -85,7 +85,7 @@ def _join_blocks(tensors: Sequence[Tensor], config: ModelConfig) -> list[Tensor]
 def _split_turned_blocks(
     tensors: Sequence[Tensor], config: ModelConfig, shapes: Sequence[Shape]
 ) -> list[Tensor]:
-    return list(tensors[0].t().split([shape[0] for shape in shapes]))
+    return list(torch.split(tensors[0].t(), [shape[0] for shape in shapes]))
 
 
 def _join_turned_blocks(tensors: Sequence[Tensor], config: ModelConfig) -> list[Tensor]:
@@ -103,7 +103,7 @@ def _unstack(tensors: Sequence[Tensor], config: ModelConfig) -> list[Tensor]:
 def _split_stacked(
     tensors: Sequence[Tensor], config: ModelConfig, shapes: Sequence[Shape]
 ) -> list[Tensor]:
-    return list(tensors[0].split([shape[1] for shape in shapes], dim=1))
+    return list(torch.split(tensors[0], [shape[1] for shape in shapes], dim=1))
 
 
 def _join_stacked(tensors: Sequence[Tensor], config: ModelConfig) -> list[Tensor]:
@@ -121,7 +121,7 @@ def _turn_pairs(tensor: Tensor, head: int, rotated: int, to_halves: bool) -> Ten
     heads = tensor.reshape(-1, head, *tensor.shape[1:])
     kept, turned = heads[:, : head - rotated], heads[:, head - rotated :]
     inner = (-1, 2) if to_halves else (2, -1)
-    turned = turned.unflatten(1, inner).transpose(1, 2).flatten(1, 2)
+    turned = torch.unflatten(turned, 1, inner).transpose(1, 2).flatten(1, 2)
     return torch.cat((kept, turned), dim=1).reshape(tensor.shape)
 
 

@@ -1,8 +1,8 @@
 """Any directory or file with a model: what it is, its configuration, its weights into our decoder.
 
 Known are our checkpoints (`step-00001000/` with `config.json` and `weights/`), Hugging Face
-directories (`config.json`, safetensors or `.bin`), LitGPT's and lit-llama's checkpoints, GGUF files,
-and run directories, which stand for their `final/` or else their newest checkpoint.
+directories (`config.json`, safetensors or `.bin`), LitGPT's and lit-llama's checkpoints, GGUF
+files, and run directories, which stand for their `final/` or else their newest checkpoint.
 """
 
 from __future__ import annotations

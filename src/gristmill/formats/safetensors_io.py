@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gristmill.formats.source import AGAIN, Entry, Tensors
 from gristmill.util.errors import UserError
+from gristmill.util.paths import how_to_get
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 DTYPES = {
@@ -97,8 +98,7 @@ def weight_files(directory: Path) -> list[Path]:
         if files:
             return files
     raise UserError(
-        f"{directory} has no weights (*.safetensors or pytorch_model*.bin). "
-        "Give a directory with a model."
+        f"{directory} has no weights (*.safetensors or pytorch_model*.bin). {how_to_get(directory)}"
     )
 
 
@@ -147,7 +147,7 @@ def _read(path: Path, name: str, entry: Json) -> Tensor:
     with path.open("rb", buffering=0) as file:
         head = struct.unpack("<Q", file.read(8))[0]
         file.seek(8 + head + start)
-        view, done = memoryview(data.numpy()), 0
+        view, done = data.numpy().data, 0
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:

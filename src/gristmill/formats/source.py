@@ -101,7 +101,7 @@ class ModelDir:
         return Parameters(self)
 
     def _may_stay(self, name: str) -> bool:
-        """Whether a tensor that is not needed does no harm: tables, and the head of a tied model."""
+        """Whether a tensor that is not needed does no harm: tables, the head of a tied model."""
         tied_head = self.config.tie_embeddings and any(
             name == w.theirs for w in self.weights or () if w.ours == ("head.weight",)
         )
