@@ -106,6 +106,7 @@ def find(cfg: Pretrain, wanted: dict[str, Any], name: str) -> tuple[Path, Record
     if record is not None and not complete(out_dir) and not (out_dir / METRICS_FILE).exists():
         record = None  # it ended before its first step and left nothing to protect
     if record is None:
+        _refuse_others(out_dir)
         if (out_dir / "final").exists() or complete(out_dir):
             raise UserError(
                 f"{out_dir} holds checkpoints but no {RUN_FILE}, so it is not known what they are "
@@ -127,6 +128,26 @@ def find(cfg: Pretrain, wanted: dict[str, Any], name: str) -> tuple[Path, Record
             {"--out_dir": next_free(out_dir)},
         )
     return out_dir, record
+
+
+def _refuse_others(out_dir: Path) -> None:
+    """Another tool's checkpoints are neither gone on from unasked nor written among."""
+    theirs = sorted(
+        path.parent
+        for path in out_dir.glob("*/lit_model.pth")
+        if path.parent.name == "final" or path.parent.name.startswith("step-")
+    )
+    if theirs:
+        best = next((path for path in theirs if path.name == "final"), theirs[-1])
+        raise UserError(
+            f"{out_dir} holds checkpoints of another tool ({best.name}/lit_model.pth). Their "
+            "weights can start a run in a directory of its own.",
+            {
+                "--resume": None,
+                "--initial_checkpoint_dir": best,
+                "--out_dir": next_free(out_dir),
+            },
+        )
 
 
 def start_point(cfg: Pretrain, out_dir: Path, *, going_on: bool) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from gristmill.data.reading.corpus import Corpus
 from gristmill.data.reading.stream import Batch, TokenStream
 from gristmill.data.reading.training import document_mask, training_stream
 from gristmill.data.storage import is_url
-from gristmill.formats.model_dir import read_config
+from gristmill.formats.model_dir import open_model_dir, read_config
 from gristmill.models import counts, zoo
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
@@ -74,10 +75,12 @@ class Job:
 
 def settle(cfg: Pretrain) -> Job:
     """The job that these settings mean. Raises UserError for settings that cannot work."""
+    cfg = _weights_of_others(cfg)
     _refuse_what_is_not_there(cfg)
     check_ranges(cfg)
     model = _model(cfg)
     check_config(model)
+    _check_start(cfg, model)
     device = choose_device(cfg.device)
     precision = resolve_precision(cfg.precision, device)
     lr, min_lr = _learning_rates(cfg)
@@ -163,6 +166,52 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             f"--train.keep_last {cfg.train.keep_last} leaves nothing to fall back to. Use 2.",
             {"--train.keep_last": 2},
         )
+
+
+def _weights_of_others(cfg: Pretrain) -> Pretrain:
+    """The settings, with `--resume` of another tool's checkpoint as weights that a run starts from.
+
+    Its optimizer and its place in the data mean nothing here; said to the user.
+    """
+    if not isinstance(cfg.resume, str) or cfg.resume == "auto":
+        return cfg
+    place = resolve_model_dir(cfg.resume)
+    if any((place / name).exists() for name in ("checkpoint.json", directory.RUN_FILE)):
+        return cfg
+    try:
+        source = open_model_dir(place)
+    except UserError:
+        return cfg  # said where checkpoints are looked for
+    if source.kind != "litgpt":
+        return cfg
+    print(
+        f"{source.path} is a checkpoint of another tool: this run begins at step 0 with its "
+        "weights, and with an optimizer and an order of the data of its own.",
+        file=sys.stderr,
+    )
+    return dataclasses.replace(cfg, resume="auto", initial_checkpoint_dir=str(source.path))
+
+
+def _check_start(cfg: Pretrain, model: ModelConfig) -> None:
+    """Refuse weights to start from that are missing or another model's, before data is prepared."""
+    if cfg.initial_checkpoint_dir is None:
+        return
+    source = open_model_dir(cfg.initial_checkpoint_dir)
+    source.tensors()
+    theirs = counts.parameter_shapes(source.config)
+    ours = counts.parameter_shapes(model)
+    for name in [*ours, *theirs]:
+        if ours.get(name) != theirs.get(name):
+            raise UserError(
+                f"the weights in {source.path} are of another model than {model.name} ({name} is "
+                f"{_shape(theirs.get(name))} there and {_shape(ours.get(name))} in the model). "
+                "Leave the model's name out to train the one that the weights are of, or give "
+                "weights of this one.",
+            )
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "absent" if shape is None else str(list(shape))
 
 
 def _model(cfg: Pretrain) -> ModelConfig:
