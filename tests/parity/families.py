@@ -236,3 +236,100 @@ CASES |= {
     "deepseek_v3": ("DeepseekV3", {**LATENT, **NO_MTP, "rope_parameters": LATENT_YARN}),
     "deepseek_v3-lite": ("DeepseekV3", {**LATENT, **LITE, **NO_MTP, "rms_norm_eps": 1e-5}),
 }
+
+# mixtral, qwen3_moe
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 16}
+CASES |= {
+    "mixtral": ("Mixtral", {"num_key_value_heads": 2, "head_dim": 8}),
+    "mixtral-window": (
+        "Mixtral",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "num_key_value_heads": 1,
+            "sliding_window": 8,
+            "head_dim": 16,
+        },
+    ),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "num_experts": 8, "norm_topk_prob": True}),
+    "qwen3_moe-dense": (
+        "Qwen3Moe",
+        {
+            **EXPERTS,
+            "num_experts": 4,
+            "mlp_only_layers": [0],
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+
+# gemma, gemma2, gemma3
+GEMMA = {**PAD, "num_key_value_heads": 2, "head_dim": 16}
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+CASES |= {
+    "gemma": ("Gemma", GEMMA),
+    "gemma-untied": (
+        "Gemma",
+        {**PAD, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "gemma2": ("Gemma2", {**GEMMA, **CAPS, "sliding_window": 8, "query_pre_attn_scalar": 24}),
+    "gemma2-no-caps": (
+        "Gemma2",
+        {
+            **GEMMA,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "sliding_window": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {**GEMMA, "num_hidden_layers": 7, "sliding_window": 8, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3-scaled": (
+        "Gemma3Text",
+        {
+            **GEMMA,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {**LINEAR, "rope_theta": 5e4},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+            },
+        },
+    ),
+}
+
+# phi, phi3
+LONGROPE = {
+    "type": "longrope",  # left in by transformers 5 where 4 wrote it
+    "rope_type": "longrope",
+    "rope_theta": 5e3,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [1.0, 3.0, 5.0],
+}
+PHI3 = {**PAD, "num_key_value_heads": 2}
+CASES |= {
+    "phi": ("Phi", {"num_key_value_heads": 2}),
+    "phi-silu": ("Phi", {"hidden_act": "silu", "rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "phi3": ("Phi3", {**PHI3, "sliding_window": 8}),
+    "phi3-long": (
+        "Phi3",
+        {**PHI3, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "phi3-short": (
+        "Phi3",
+        {
+            **PHI3,
+            "rope_parameters": LONGROPE,
+            "original_max_position_embeddings": 48,
+            "tie_word_embeddings": True,
+        },
+    ),
+}

@@ -96,6 +96,8 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     fixed=GEMMA3,
+    # transformers has the word and does nothing with it.
+    constants={"attn_logit_softcapping": None},
     parse_more=_parse_more,
     more_words=_more_words,
     models=table(

@@ -295,6 +295,8 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     constants={"attention_bias": False},
+    # Unsaid, it is 32000, which small vocabularies have no row for.
+    more_words=lambda config: {"pad_token_id": None},
     models=table(
         "phi3",
         size(
