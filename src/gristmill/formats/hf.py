@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -50,22 +51,38 @@ def write(
     words = zoo.family(config.family).to_hf_config(config)
     dtype = dtype or tensors["embed.weight"].dtype
     words["torch_dtype"] = str(dtype).removeprefix("torch.")
+    with building(out) as partial:
+        _write_weights(partial, config, tensors, dtype, max_shard_bytes)
+        write_companions(partial, config, words, tokenizer)
+        for name, text in (extra_files or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A directory to fill, beside `out`, that takes its place when all went well."""
     partial = _start(out)
     try:
-        _write_weights(partial, config, tensors, dtype, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save(partial)
-            _complete_tokenizer(partial, tokenizer)
-        stop_ids = () if tokenizer is None else tokenizer.stop_ids
-        texts = {"config.json": _json(words), **(extra_files or {})}
-        texts["generation_config.json"] = _json(_generation(config, stop_ids))
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        yield partial
         _sync(partial)
         _swap(partial, out)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
+
+
+def write_companions(
+    directory: Path, config: ModelConfig, words: dict[str, Any] | None, tokenizer: Tokenizer | None
+) -> None:
+    """What lies beside weights: `config.json` of `words`, `generation_config.json`, tokenizer."""
+    if tokenizer is not None:
+        tokenizer.save(directory)
+        _complete_tokenizer(directory, tokenizer)
+    stop_ids = () if tokenizer is None else tokenizer.stop_ids
+    texts = {"config.json": words, "generation_config.json": _generation(config, stop_ids)}
+    for name, value in texts.items():
+        if value is not None:
+            (directory / name).write_text(_json(value), encoding="utf-8")
 
 
 def _write_weights(
