@@ -366,3 +366,32 @@ def test_blocks_of_transformers(name):
     for part in ("gate", "up", "down") if layer.moe.num_shared_experts else ():
         gradients[f"shared.{part}.weight"] = expected[f"shared_experts.{part}_proj.weight"]
     assert_close(found, {"y": expected["y"], "x": expected["x"], **gradients})
+
+
+def test_training_loss_is_that_of_transformers(tmp_path):
+    """With their `output_router_logits`, of one block."""
+    import transformers
+
+    from gristmill.formats.model_dir import load_model
+
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        router_aux_loss_coef=0.3,
+        output_router_logits=True,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.MixtralForCausalLM(config)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path).train()
+    ids = torch.randint(0, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+    targets = F.pad(ids[:, 1:], (0, 1), value=-100)
+    loss = ours(ids, targets) / 38
+    torch.testing.assert_close(loss, theirs(ids, labels=ids).loss, rtol=0, atol=1e-5)
+    without = ours.eval()(ids, targets) / 38
+    assert loss - without > 0.3 * 2 * 0.9
