@@ -36,6 +36,8 @@ _WRITTEN = {"float32": (_F32, 0), "float16": (_F16, 1), "bfloat16": (_BF16, 32),
 _Q8_0_BLOCK = 32
 # Matrices that llama.cpp wants in 32 bits whatever the others are.
 _ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
+# What rounding to 32 bits takes from a weight that one is added to, so that none of it is lost.
+_REST = "gristmill.rest."
 _INSTALL = "Install it: pip install 'gristmill[gguf]'"
 
 
@@ -126,10 +128,21 @@ def _open_tensors(header: Header, config: ModelConfig) -> Tensors:
     entries = {}
     for name, info in header.tensors.items():
         _check_place(header, info)
-        # llama.cpp's norms multiply by the weight itself.
-        offset = config.norm_unit_offset and name.endswith("norm.weight")
-        entries[name] = Entry(header.path, partial(_read, header.path, info, less_one=offset))
+        read = partial(_read_norm if _is_offset(config, name) else _read, header, info)
+        entries[name] = Entry(header.path, read)
     return Tensors(entries)
+
+
+def _is_offset(config: ModelConfig, name: str) -> bool:
+    """Whether the tensor has one added in the file: llama.cpp multiplies by the weight itself."""
+    return config.norm_unit_offset and name.endswith("norm.weight")
+
+
+def _read_norm(header: Header, info: TensorInfo) -> Tensor:
+    """A weight that has one added in the file, and what rounding that sum took from it."""
+    weight = _read(header, info).float() - 1
+    rest = header.metadata.get(_REST + info.name)
+    return weight if rest is None else weight + torch.tensor(rest)
 
 
 def _check_place(header: Header, info: TensorInfo) -> None:
@@ -164,17 +177,16 @@ def _block(library: ModuleType, path: Path, info: TensorInfo) -> tuple[int, int]
     return block, size
 
 
-def _read(path: Path, info: TensorInfo, *, less_one: bool = False) -> Tensor:
+def _read(header: Header, info: TensorInfo) -> Tensor:
     """A tensor of the file; what is quantised comes as float32."""
+    path = header.path
     count = _num_bytes(path, info)
     data = np.fromfile(path, np.uint8, count, offset=info.offset)
     if len(data) != count:
         raise UserError(f"{path}: tensor {info.name} is cut off. {AGAIN}")
     if info.type in _TORCH_TYPES:
-        tensor = torch.from_numpy(data).view(_TORCH_TYPES[info.type]).view(info.shape)
-    else:
-        tensor = _dequantise(path, info, data)
-    return tensor.float() - 1 if less_one else tensor
+        return torch.from_numpy(data).view(_TORCH_TYPES[info.type]).view(info.shape)
+    return _dequantise(path, info, data)
 
 
 def _dequantise(path: Path, info: TensorInfo, data: np.ndarray[Any, Any]) -> Tensor:
@@ -196,7 +208,7 @@ def _numbers(header: Header, name: str) -> list[float]:
     """The values of a small tensor."""
     info = header.tensors[name]
     _check_place(header, info)
-    values: list[float] = _read(header.path, info).float().tolist()
+    values: list[float] = _read(header, info).float().tolist()
     return values
 
 
@@ -235,6 +247,12 @@ def _write_tensors(library: ModuleType, writer: Any, theirs: TheirTensors, dtype
     if scaling is not None and scaling.kind == "llama3":
         factors = np.array(table.rope_factors(config), np.float32)
         writer.add_tensor_info(table.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    for name in theirs:
+        if _is_offset(config, name):
+            weight = theirs[name].detach().cpu().float()
+            rest = weight - ((weight + 1) - 1)
+            if rest.any():
+                writer.add_array(_REST + name, rest.tolist())
     types = {name: _written_type(name, shape, dtype) for name, shape in theirs.shapes.items()}
     for name, shape in theirs.shapes.items():
         _add_info(library, writer, name, shape, types[name])
@@ -245,7 +263,7 @@ def _write_tensors(library: ModuleType, writer: Any, theirs: TheirTensors, dtype
         writer.write_tensor_data(factors)
     for name in theirs:
         tensor = theirs[name].detach().cpu()
-        if config.norm_unit_offset and name.endswith("norm.weight"):
+        if _is_offset(config, name):
             tensor = tensor.float() + 1
         writer.write_tensor_data(_encoded(library, tensor, types[name]))
 

@@ -23,6 +23,8 @@ Values = Callable[[str], list[float]]
 ARCHITECTURE = "general.architecture"
 EMBEDDING = "token_embd.weight"
 ROPE_FACTORS = "rope_freqs.weight"
+# Of no meaning to llama.cpp: the weight of the load-balancing loss, for training on.
+_BALANCE = "gristmill.balance_loss"
 QKV = "blk.{i}.attn_qkv"
 # Numbers that multiply something, without a field of ours; one is none.
 _SCALES = ("logit_scale", "embedding_scale", "residual_scale")
@@ -97,8 +99,8 @@ class Architecture:
     in the file."""
     clip: bool = False
     """Queries, keys and values may be cut to a range."""
-    refused: tuple[str, ...] = ()
-    """Switches of which llama.cpp knows nothing here, though the files would have a place."""
+    demands: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that llama.cpp takes for granted here, though the files could say otherwise."""
     more: Callable[[dict[str, Any], Metadata], dict[str, Any]] | None = None
     """Fields that take more than a key: the fields so far, metadata -> fields."""
 
@@ -190,7 +192,10 @@ def describe(row: Architecture, config: ModelConfig) -> dict[str, Any]:
     if scaling is not None and scaling.kind in ("linear", "yarn"):
         words["rope.scaling.type"] = scaling.kind
         words["rope.scaling.factor"] = float(scaling.factor)
-    return {ARCHITECTURE: row.name, **{row.key(key): value for key, value in words.items()}}
+    out = {ARCHITECTURE: row.name, **{row.key(key): value for key, value in words.items()}}
+    if config.moe is not None and config.moe.balance_loss:
+        out[_BALANCE] = float(config.moe.balance_loss)
+    return out
 
 
 def row_for(
@@ -246,7 +251,10 @@ def _lost(
         back = parse(row, describe(row, config), tensors, values.__getitem__)
     except UserError as error:
         return [str(error)]
-    return [name for name in row.refused if getattr(config, name)] + _differences(config, back)
+    refused = [
+        f"{k}={getattr(config, k)}" for k, v in row.demands.items() if getattr(config, k) != v
+    ]
+    return [*refused, *_differences(config, back)]
 
 
 def _need(row: Architecture, metadata: Metadata, name: str, default: Any = None) -> Any:
@@ -293,6 +301,7 @@ def _sizes(row: Architecture, metadata: Metadata, shapes: Shapes) -> dict[str, A
             num_experts=_need(row, metadata, "expert_count"),
             num_experts_per_token=_need(row, metadata, "expert_used_count"),
             intermediate_size=_need(row, metadata, "expert_feed_forward_length", inner),
+            balance_loss=metadata.get(_BALANCE, 0.0),
         )
     return out
 
@@ -384,6 +393,9 @@ def _factors(size: int, theta: float, scaling: RopeScaling) -> list[float]:
     return out
 
 
+BARE = {"qkv_bias": False, "attention_out_bias": False, "mlp_bias": False, "head_bias": False}
+BIASED = {"qkv_bias": True, "attention_out_bias": True, "mlp_bias": True, "head_bias": False}
+TIED, UNTIED = {"tie_embeddings": True}, {"tie_embeddings": False}
 LAYERNORM: dict[str, Any] = {"norm": "layernorm", "mlp": "plain"}
 EPS = "attention.layer_norm_epsilon"
 GEMMA: dict[str, Any] = {"norm_unit_offset": True, "activation": "gelu_tanh"}
@@ -437,21 +449,43 @@ ARCHITECTURES: dict[str, Architecture] = {
             name="llama",
             classes=("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
             weights=_PAIRS,
+            demands={"head_bias": False},
         ),
         Architecture(
             name="smollm3",
             classes=("SmolLM3ForCausalLM",),
             fixed={"rope_pattern": (True, True, True, False)},
             weights=_PAIRS,
+            demands=BARE,
         ),
-        Architecture(name="qwen2", classes=("Qwen2ForCausalLM",)),
-        Architecture(name="qwen3", classes=("Qwen3ForCausalLM",), fixed={"qk_norm": "head"}),
-        Architecture(name="gemma", classes=("GemmaForCausalLM",), fixed=GEMMA, more=_gemma),
+        Architecture(
+            name="qwen2", classes=("Qwen2ForCausalLM",), demands=BARE | {"qkv_bias": True}
+        ),
+        Architecture(
+            name="qwen3",
+            classes=("Qwen3ForCausalLM",),
+            fixed={"qk_norm": "head"},
+            demands=BARE,
+        ),
+        Architecture(
+            name="qwen3moe",
+            classes=("Qwen3MoeForCausalLM",),
+            fixed={"qk_norm": "head"},
+            demands=BARE,
+        ),
+        Architecture(
+            name="gemma",
+            classes=("GemmaForCausalLM",),
+            fixed=GEMMA,
+            demands=BARE | TIED,
+            more=_gemma,
+        ),
         Architecture(
             name="gemma2",
             classes=("Gemma2ForCausalLM",),
             fixed=GEMMA | {"post_norm": True},
             windows=True,
+            demands=BARE | TIED,
             more=_gemma_2,
         ),
         Architecture(
@@ -459,6 +493,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             classes=("Gemma3ForCausalLM",),
             fixed=GEMMA | {"post_norm": True, "qk_norm": "head"},
             windows=True,
+            demands=BARE | TIED,
             more=_gemma_3,
         ),
         Architecture(
@@ -467,14 +502,22 @@ ARCHITECTURES: dict[str, Architecture] = {
             fixed=LAYERNORM
             | {"activation": "gelu_tanh", "parallel_residual": True, "shared_norm": True},
             eps=EPS,
+            demands=BIASED | UNTIED | {"head_bias": True},
         ),
-        Architecture(name="phi3", classes=("Phi3ForCausalLM",), weights=_GATE_UP, fused_qkv=True),
+        Architecture(
+            name="phi3",
+            classes=("Phi3ForCausalLM",),
+            weights=_GATE_UP,
+            fused_qkv=True,
+            demands=BARE,
+        ),
         Architecture(
             name="gpt2",
             classes=("GPT2LMHeadModel",),
             fixed=LAYERNORM | {"activation": "gelu_tanh", "positions": "learned"},
             eps=EPS,
             fused_qkv=True,
+            demands=BIASED,
         ),
         Architecture(
             name="gptneox",
@@ -483,7 +526,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             eps=EPS,
             fused_qkv=True,
             parallel="use_parallel_residual",
-            refused=("tie_embeddings",),
+            demands=BIASED | UNTIED,
         ),
         Architecture(
             name="falcon",
@@ -492,7 +535,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             eps=EPS,
             fused_qkv=True,
             second_norm=True,
-            refused=("qkv_bias", "attention_out_bias", "mlp_bias"),
+            demands=BARE,
         ),
         Architecture(
             name="stablelm",
@@ -500,17 +543,20 @@ ARCHITECTURES: dict[str, Architecture] = {
             fixed={"norm": "layernorm"},
             eps=EPS,
             parallel="norms",
+            demands=UNTIED | {"attention_out_bias": False, "mlp_bias": False},
         ),
         Architecture(
             name="olmo2",
             classes=("Olmo2ForCausalLM",),
             fixed={"pre_norm": False, "post_norm": True, "qk_norm": "full"},
+            demands=BARE | UNTIED,
         ),
         Architecture(
             name="olmo",
             classes=("OlmoForCausalLM",),
-            fixed={"norm": "layernorm", "norm_weight": False},
+            fixed={"norm": "layernorm", "norm_weight": False, "norm_bias": True},
             weights=_PAIRS,
+            demands=BARE,
             eps=EPS,
             clip=True,
         ),
@@ -519,6 +565,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             classes=("Starcoder2ForCausalLM",),
             fixed=LAYERNORM | {"activation": "gelu_tanh"},
             eps=EPS,
+            demands=BIASED,
         ),
     )
 }
