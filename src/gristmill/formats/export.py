@@ -257,15 +257,19 @@ def _tokenizer_dir(cfg: Export, source: ModelDir) -> Path | None:
     """The tokenizer that goes along: the one named, or the model's own."""
     if cfg.tokenizer_dir is not None:
         return resolve_model_dir(cfg.tokenizer_dir)
-    is_gguf = source.kind == "gguf"  # which has its tokenizer in it
-    place = source.path if is_gguf or source.path.is_dir() else source.path.parent
-    try:
-        Tokenizer.load(place)
-    except UserError as error:
-        if "no tokenizer at" not in str(error):
-            raise
-        return None
-    return place
+    tensors = source.open_tensors()
+    file = tensors.file_of(next(iter(tensors)))
+    for place in (source.path, file.parent):
+        if place.is_file() and source.kind != "gguf":  # a GGUF file has its tokenizer in it
+            continue
+        try:
+            Tokenizer.load(place)
+        except UserError as error:
+            if "no tokenizer at" not in str(error):
+                raise
+        else:
+            return place
+    return None
 
 
 def _own_dtype(source: ModelDir) -> str:

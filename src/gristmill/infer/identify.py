@@ -174,6 +174,8 @@ def _run(place: Path) -> Found:
     final = place / "final"
     if final.is_dir():
         found = _model(final)
+        if found.kind == KINDS["litgpt"]:
+            return found
     elif complete:
         found = _checkpoint(complete[0])
     elif _step_dirs(place):
