@@ -72,8 +72,9 @@ def _text_config(raw: Json) -> Json:
     """The text model of a model of text and images."""
     if "text_config" not in raw:
         return raw
+    text: Json = raw["text_config"]
     tied = raw.get("tie_word_embeddings")
-    return raw["text_config"] | ({} if tied is None else {"tie_word_embeddings": tied})
+    return text if tied is None else text | {"tie_word_embeddings": tied}
 
 
 SIZE: Fields = {
