@@ -25,6 +25,7 @@ from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
 from gristmill.models import zoo
 from gristmill.models.counts import num_parameters
+from gristmill.models.zoo.gguf import PROGRAM
 from gristmill.models.zoo.listing import short
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import Interrupted, RunError, UserError
@@ -177,7 +178,7 @@ class _Job:
                 f"gristmill pretrain --initial_checkpoint_dir {self.out} --data … --out_dir NEW",
             ]
         file = self.out if self.out.suffix == ".gguf" else self.out / _gguf_name(self)
-        return [f"llama-cli -m {file}", ours]
+        return [f"{PROGRAM} -m {file}", ours]
 
 
 def _settle(cfg: Export) -> _Job:

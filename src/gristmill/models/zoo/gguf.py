@@ -22,6 +22,7 @@ Values = Callable[[str], list[float]]
 
 ARCHITECTURE = "general.architecture"
 EMBEDDING = "token_embd.weight"
+PROGRAM = "llama-cli"
 ROPE_FACTORS = "rope_freqs.weight"
 # Of no meaning to llama.cpp: the weight of the load-balancing loss, for training on.
 _BALANCE = "gristmill.balance_loss"
