@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.util.errors import UserError
 
 
@@ -41,7 +41,6 @@ def check_config(config: ModelConfig) -> None:
 
 def _check_parts(config: ModelConfig) -> None:
     """UserError for parts that do not go together."""
-    latent = config.latent_attention
     wrong = {
         "tie_embeddings with head_bias": config.tie_embeddings and config.head_bias,
         "shared_norm without parallel_residual": config.shared_norm
@@ -49,24 +48,49 @@ def _check_parts(config: ModelConfig) -> None:
         "post_norm with parallel_residual": config.post_norm and config.parallel_residual,
         "norm_unit_offset with layernorm": config.norm_unit_offset and config.norm != "rmsnorm",
         "norm_unit_offset without norm_weight": config.norm_unit_offset and not config.norm_weight,
-        "latent_attention with sliding_window": latent is not None and config.sliding_window,
-        "latent_attention with qk_norm": latent is not None and config.qk_norm != "none",
         "an empty sliding_pattern": not config.sliding_pattern,
         "an empty rope_pattern": not config.rope_pattern,
     }
+    if config.latent_attention is not None:
+        wrong |= {
+            "latent_attention with sliding_window": config.sliding_window is not None,
+            "latent_attention with qk_norm": config.qk_norm != "none",
+            "latent_attention with qkv_bias": config.qkv_bias,
+            "latent_attention with attention_out_bias": config.attention_out_bias,
+            "latent_attention with qkv_clip": config.qkv_clip is not None,
+            "latent_attention with head_dim": config.head_dim is not None,
+            "latent_attention with rope_fraction": config.rope_fraction != 1.0,
+            "latent_attention with fewer num_kv_heads": config.kv_heads != config.num_heads,
+        }
     found = [what for what, is_so in wrong.items() if is_so]
     if found:
         raise UserError(f"The model has {found[0]}, which is not supported. Change one of them.")
     if config.sliding_window is not None and config.sliding_window < 1:
         raise UserError(f"sliding_window is {config.sliding_window}. Use a positive number.")
-    moe = config.moe
-    if moe is not None and not 0 < moe.num_experts_per_token <= moe.num_experts:
+    if config.moe is not None:
+        _check_experts(config.moe)
+
+
+def _check_experts(moe: MixtureOfExperts) -> None:
+    """UserError when a token cannot visit as many experts as it should."""
+    if not 0 < moe.num_experts_per_token <= moe.num_experts:
         raise UserError(
             f"num_experts_per_token {moe.num_experts_per_token} is not between 1 and num_experts "
             f"{moe.num_experts}. Change one of them."
         )
-    if moe is not None and moe.num_experts % moe.num_groups:
+    if moe.num_groups < 1 or moe.num_experts % moe.num_groups:
         raise UserError(
             f"num_experts {moe.num_experts} is no multiple of num_groups {moe.num_groups}. "
             "Change one of them."
+        )
+    if not 0 < moe.num_groups_per_token <= moe.num_groups:
+        raise UserError(
+            f"num_groups_per_token {moe.num_groups_per_token} is not between 1 and num_groups "
+            f"{moe.num_groups}. Change one of them."
+        )
+    reach = moe.num_experts // moe.num_groups * moe.num_groups_per_token
+    if moe.num_experts_per_token > reach:
+        raise UserError(
+            f"num_experts_per_token {moe.num_experts_per_token} is more than the {reach} experts "
+            f"of {moe.num_groups_per_token} groups. Raise num_groups_per_token."
         )
