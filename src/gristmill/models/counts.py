@@ -196,24 +196,26 @@ def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precis
     two norms its input and output (2 d; RMSNorm computes in fp32 and keeps that too), queries, keys
     and values (q + 2 kv), the attention output (q) and one log-normaliser per head; the
     feed-forward keeps its inner values: gate, up, the activated gate and their product (4 f), or
-    up and its activation (2 f). Compiled blocks keep less.
+    up and its activation (2 f). Each expert that a token visits keeps the token's row and one more
+    product, by its weight (d + 5 f). Compiled blocks keep less.
     """
     q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
     wide, narrow = BYTES_PER_WEIGHT[precision], BYTES_PER_ACTIVATION[precision]
     norm = narrow + (8 if config.norm == "rmsnorm" else wide)
-    inner = {"gated": 4, "plain": 2}[config.mlp] * _widths_visited(config)
+    inner = _feed_forward_values(config)
     block = 2 * norm * config.hidden_size + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
     return micro_batch * seq_len * (config.num_layers * block + norm * config.hidden_size)
 
 
-def _widths_visited(config: ModelConfig) -> int:
-    """Feed-forward values of a token: of the widest block."""
+def _feed_forward_values(config: ModelConfig) -> int:
+    """Values that the widest feed-forward layer keeps for a token."""
+    dense = {"gated": 4, "plain": 2}[config.mlp] * config.intermediate_size
     moe = config.moe
     if moe is None:
-        return config.intermediate_size
-    experts = moe.num_experts_per_token + moe.num_shared_experts
-    dense = config.intermediate_size if moe.num_dense_layers else 0
-    return max(dense, experts * moe.intermediate_size)
+        return dense
+    visited = moe.num_experts_per_token * (config.hidden_size + 5 * moe.intermediate_size)
+    shared = 4 * moe.num_shared_experts * moe.intermediate_size
+    return max(dense if moe.num_dense_layers else 0, visited + shared)
 
 
 def training_memory_bytes(
