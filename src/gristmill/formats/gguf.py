@@ -92,7 +92,6 @@ def write(
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     if tokenizer is not None:
         config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    config = table.without_idle_window(config)
 
     def shapes(row: table.Architecture) -> dict[str, tuple[int, ...]]:
         return TheirTensors(row.table_for(config), config, tensors).shapes

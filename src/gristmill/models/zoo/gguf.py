@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from gristmill.config.model import MixtureOfExperts, ModelConfig, RopeScaling
@@ -24,8 +24,10 @@ ARCHITECTURE = "general.architecture"
 EMBEDDING = "token_embd.weight"
 PROGRAM = "llama-cli"
 ROPE_FACTORS = "rope_freqs.weight"
-# Of no meaning to llama.cpp: the weight of the load-balancing loss, for training on.
+# Of no meaning to llama.cpp: the weight of the load-balancing loss, for training on, and a sliding
+# window that is as long as the context.
 _BALANCE = "gristmill.balance_loss"
+_WINDOW = "gristmill.sliding_window"
 QKV = "blk.{i}.attn_qkv"
 # Numbers that multiply something, without a field of ours; one is none.
 _SCALES = ("logit_scale", "embedding_scale", "residual_scale")
@@ -196,6 +198,8 @@ def describe(row: Architecture, config: ModelConfig) -> dict[str, Any]:
     out = {ARCHITECTURE: row.name, **{row.key(key): value for key, value in words.items()}}
     if config.moe is not None and config.moe.balance_loss:
         out[_BALANCE] = float(config.moe.balance_loss)
+    if not row.windows and config.sliding_window is not None:
+        out[_WINDOW] = config.sliding_window
     return out
 
 
@@ -221,14 +225,6 @@ def row_for(
     )
 
 
-def without_idle_window(config: ModelConfig) -> ModelConfig:
-    """The same model, without a sliding window that is as long as the context."""
-    window = config.sliding_window
-    if window is None or window < config.max_seq_length:
-        return config
-    return replace(config, sliding_window=None)
-
-
 def rope_factors(config: ModelConfig) -> list[float]:
     """Divisors of the rotary frequencies under Llama 3's scaling (arXiv:2407.21783)."""
     scaling = config.rope_scaling
@@ -244,7 +240,7 @@ def _lost(
     try:
         tensors = shapes(row)
     except KeyError as error:
-        return [str(error.args[0])]
+        return [f"the parameter {error.args[0]}"]
     scaled = config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
     values = {ROPE_FACTORS: rope_factors(config)} if scaled else {}
     tensors = dict(tensors) | {name: (len(numbers),) for name, numbers in values.items()}
@@ -252,10 +248,11 @@ def _lost(
         back = parse(row, describe(row, config), tensors, values.__getitem__)
     except UserError as error:
         return [str(error)]
-    refused = [
-        f"{k}={getattr(config, k)}" for k, v in row.demands.items() if getattr(config, k) != v
-    ]
-    return [*refused, *_differences(config, back)]
+    demands = dict(row.demands)
+    if config.sliding_window is not None and config.sliding_window < config.max_seq_length:
+        demands |= {} if row.windows else {"sliding_window": None}
+    refused = [f"{k}={getattr(config, k)}" for k, v in demands.items() if getattr(config, k) != v]
+    return list(dict.fromkeys([*refused, *_differences(config, back)]))
 
 
 def _need(row: Architecture, metadata: Metadata, name: str, default: Any = None) -> Any:
@@ -293,7 +290,8 @@ def _sizes(row: Architecture, metadata: Metadata, shapes: Shapes) -> dict[str, A
         "norm_eps": _need(row, metadata, row.eps),
         "attention_softcap": metadata.get(row.key("attn_logit_softcapping")),
         "logit_softcap": metadata.get(row.key("final_logit_softcapping")),
-        "sliding_window": metadata.get(row.key("attention.sliding_window")) or None,
+        "sliding_window": metadata.get(row.key("attention.sliding_window"))
+        or metadata.get(_WINDOW),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
