@@ -41,6 +41,7 @@ ATTENTION_BIAS = Word("attention_bias", ("qkv_bias", "attention_out_bias"), Fals
 WORDS = (
     *replaced(
         STANDARD,
+        Word("max_position_embeddings", "max_seq_length", 8192),
         Word("head_dim", "head_dim", 256),
         # The first files said gelu and meant its tanh form.
         Word(

@@ -27,6 +27,7 @@ HEAD_DIM = Word("head_dim", "head_dim", 256)
 WORDS = (
     *replaced(
         STANDARD,
+        Word("max_position_embeddings", "max_seq_length", 8192),
         HEAD_DIM,
         Word(
             "hidden_activation",

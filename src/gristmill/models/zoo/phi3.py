@@ -38,7 +38,11 @@ WEIGHTS = (
 )
 
 WORDS = (
-    *replaced(without(STANDARD, "head_dim"), Word("rms_norm_eps", "norm_eps", 1e-5)),
+    *replaced(
+        without(STANDARD, "head_dim"),
+        Word("max_position_embeddings", "max_seq_length", 4096),
+        Word("rms_norm_eps", "norm_eps", 1e-5),
+    ),
     Word("sliding_window", "sliding_window", None),
 )
 

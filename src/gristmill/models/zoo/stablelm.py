@@ -15,6 +15,7 @@ WEIGHTS = (*LLAMA_WEIGHTS, Weight("model.norm.bias", ("norm.bias",)))
 WORDS = (
     *replaced(
         without(STANDARD, "head_dim"),
+        Word("max_position_embeddings", "max_seq_length", 4096),
         Word("layer_norm_eps", "norm_eps", 1e-5),
         Word("hidden_act", "activation", "silu", ACTIVATIONS),
     ),

@@ -31,6 +31,7 @@ WEIGHTS = (
 WORDS = (
     *replaced(
         STANDARD,
+        Word("max_position_embeddings", "max_seq_length", 4096),
         Word("norm_epsilon", "norm_eps", 1e-5),
         Word("hidden_act", "activation", "gelu_pytorch_tanh", ACTIVATIONS),
         Word("tie_word_embeddings", "tie_embeddings", True),
