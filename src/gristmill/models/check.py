@@ -48,6 +48,8 @@ def _check_parts(config: ModelConfig) -> None:
         "post_norm with parallel_residual": config.post_norm and config.parallel_residual,
         "norm_unit_offset with layernorm": config.norm_unit_offset and config.norm != "rmsnorm",
         "norm_unit_offset without norm_weight": config.norm_unit_offset and not config.norm_weight,
+        "moe with a plain mlp": config.moe is not None and config.mlp != "gated",
+        "moe with mlp_bias": config.moe is not None and config.mlp_bias,
         "an empty sliding_pattern": not config.sliding_pattern,
         "an empty rope_pattern": not config.rope_pattern,
     }
@@ -73,6 +75,12 @@ def _check_parts(config: ModelConfig) -> None:
 
 def _check_experts(moe: MixtureOfExperts) -> None:
     """UserError when a token cannot visit as many experts as it should."""
+    if moe.intermediate_size < 1 or min(moe.num_shared_experts, moe.num_dense_layers) < 0:
+        raise UserError(
+            f"moe has intermediate_size {moe.intermediate_size}, num_shared_experts "
+            f"{moe.num_shared_experts}, num_dense_layers {moe.num_dense_layers}. "
+            "Use a positive width, and no negative numbers."
+        )
     if not 0 < moe.num_experts_per_token <= moe.num_experts:
         raise UserError(
             f"num_experts_per_token {moe.num_experts_per_token} is not between 1 and num_experts "
