@@ -1,6 +1,8 @@
 """What `config.json` of an architecture comes to, and what of it is refused."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -119,3 +121,22 @@ def test_a_parallel_stablelm_has_one_norm_for_both_branches():
     assert config.parallel_residual
     assert config.shared_norm
     assert config.rope_fraction == 0.25
+
+
+def test_the_page_about_families_shows_the_files_as_they_are():
+    root = Path(__file__).parents[3]
+    page = (root / "docs" / "adding-a-family.md").read_text()
+    files = [
+        (root / name).read_text()
+        for name in ("src/gristmill/models/zoo/starcoder2.py", "tests/parity/families.py")
+    ]
+    blocks = [
+        "".join(line[4:] if line.strip() else line for line in block.splitlines(keepends=True))
+        for block in re.findall(r"(?m)(?:^(?: {4}.*)?\n)+", page)
+        if block.strip()
+    ]
+    code = [block.strip("\n") for block in blocks if "gristmill " not in block]
+    shown = [block for block in code if not block.startswith(".venv")]
+    assert len(shown) == 4
+    for block in shown:
+        assert any(block in text for text in files), block
