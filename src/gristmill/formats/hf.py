@@ -101,10 +101,11 @@ def _write_weights(
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(directory / name, shard, dtype, theirs.__getitem__)
+        write_file(directory / name, shard, dtype, theirs.__getitem__, theirs.wide)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
-        total = sum(prod(shape) for shape in shapes.values()) * dtype.itemsize
+        sizes = {name: 4 if name in theirs.wide else dtype.itemsize for name in shapes}
+        total = sum(prod(shape) * sizes[name] for name, shape in shapes.items())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / "model.safetensors.index.json").write_text(_json(index))
 

@@ -13,7 +13,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -223,17 +223,20 @@ def write_file(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     get: Callable[[str], Tensor],
+    wide: Collection[str] = (),
 ) -> None:
     """Write a safetensors file of one dtype and fsync it, holding one tensor at a time.
 
-    `get(name)` gives the tensor of that name, of any dtype on any device.
+    `get(name)` gives the tensor of that name, of any dtype on any device. Those in `wide` are
+    written in fp32.
     """
+    dtypes = {name: torch.float32 if name in wide else dtype for name in shapes}
     header: Json = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + dtype.itemsize * prod(shape)
+        start, end = end, end + dtypes[name].itemsize * prod(shape)
         header[name] = {
-            "dtype": DTYPE_NAMES[dtype],
+            "dtype": DTYPE_NAMES[dtypes[name]],
             "shape": list(shape),
             "data_offsets": [start, end],
         }
@@ -242,7 +245,7 @@ def write_file(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(head)) + head)
         for name, shape in shapes.items():
-            tensor = get(name).detach().to("cpu", dtype).contiguous()
+            tensor = get(name).detach().to("cpu", dtypes[name]).contiguous()
             assert tuple(tensor.shape) == shape, f"{name} is {tuple(tensor.shape)}, not {shape}"
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
         file.flush()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gristmill.config.model import ModelConfig
 from gristmill.formats.layouts import to_ours, to_theirs
-from gristmill.models.counts import Shapes, parameter_shapes
+from gristmill.models.counts import Shapes, parameter_shapes, stays_fp32
 from gristmill.models.zoo.weights import Conversion, Weight, conversions
 from gristmill.util.errors import UserError
 
@@ -162,8 +162,12 @@ class TheirTensors(Mapping[str, Tensor]):
         self.config, self.parameters = config, parameters
         ours = parameter_shapes(config)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.wide: set[str] = set()
+        """Names of tensors that are fp32 in every file."""
         self._by_name: dict[str, Conversion] = {}
         for conversion in conversions(weights, ours):
+            if any(map(stays_fp32, conversion.ours)):
+                self.wide |= set(conversion.theirs)
             shapes = their_shapes(conversion, [ours[name] for name in conversion.ours], config)
             self.shapes |= dict(zip(conversion.theirs, shapes))
             self._by_name |= dict.fromkeys(conversion.theirs, conversion)

@@ -113,6 +113,14 @@ def _experts_shapes(config: ModelConfig) -> Shapes:
     return shapes
 
 
+def stays_fp32(name: str) -> bool:
+    """Whether a parameter is in fp32 whatever the precision of the model.
+
+    A bias of the choice of experts is large against the differences that it makes between them.
+    """
+    return name.endswith(".selection_bias")
+
+
 def num_parameters(config: ModelConfig) -> int:
     """Trainable numbers; a tied embedding counts once."""
     return sum(prod(shape) for shape in parameter_shapes(config).values())

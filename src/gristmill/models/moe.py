@@ -11,6 +11,7 @@ rows is known beforehand, only the borders between experts are not.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,17 @@ class MixtureOfExperts(nn.Module):
         if not self.training or self.moe.balance_loss <= 0:
             return y, None
         return y, balance_loss(choice.probabilities, rows.visits)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MixtureOfExperts:
+        """What `to`, `bfloat16` and the like go through: the bias of the choice stays in fp32.
+
+        It is large against the differences that it makes between experts.
+        """
+        exact = self.selection_bias.data if self.moe.selection_bias else None
+        super()._apply(fn, recurse)
+        if exact is not None and self.selection_bias.dtype != exact.dtype:
+            self.selection_bias.data = exact.to(self.selection_bias.device)
+        return self
 
     def choose(self, tokens: Tensor) -> Choice:
         """The experts of tokens [N, d] and their weights, in fp32 whatever the precision.

@@ -1,11 +1,16 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig
+from gristmill.formats import hf
+from gristmill.formats.model_dir import load_model
 from gristmill.models import zoo
 from gristmill.models.check import check_config
 from gristmill.models.counts import kv_cache_bytes, num_parameters
+from gristmill.models.decoder import Decoder
+from gristmill.models.init import init_weights
 from gristmill.util.errors import UserError
 
 # What the files of the three repositories say, but for words without consequence.
@@ -247,3 +252,20 @@ def test_experts_out_of_reach_are_refused(options, message):
     moe = MixtureOfExperts(num_experts=8, intermediate_size=16)
     with pytest.raises(UserError, match=message):
         check_config(ModelConfig(moe=replace(moe, **options)))
+
+
+def test_the_bias_of_the_choice_is_never_rounded(tmp_path):
+    words = {**V3, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    words |= {"num_key_value_heads": 4, "intermediate_size": 48, "moe_intermediate_size": 16}
+    words |= {"n_routed_experts": 16, "vocab_size": 64, "first_k_dense_replace": 1}
+    words |= {"kv_lora_rank": 16, "q_lora_rank": 8, "max_position_embeddings": 128}
+    model = Decoder(parse(words))
+    init_weights(model, 0)
+    bias = 14.0 + torch.rand(16)
+    model.layers[1].mlp.selection_bias.copy_(bias)
+    model.bfloat16()
+    assert torch.equal(model.layers[1].mlp.selection_bias, bias)
+    hf.write(tmp_path / "out", model.config, model.state_dict(), tokenizer_dir=None)
+    back = load_model(tmp_path / "out", dtype=torch.bfloat16)
+    assert back.embed.weight.dtype == torch.bfloat16
+    assert torch.equal(back.layers[1].mlp.selection_bias, bias)
