@@ -179,7 +179,7 @@ def _attention(raw: Json, values: Json) -> Json:
         latent = dict(raw["latent_attention"])
         if values["mlp_bias"] or raw["attn_bias"]:
             raise UserError("latent_attention comes with biases. Supported: without.")
-        out["latent_attention"] = LatentAttention(**latent)
+        out["latent_attention"] = LatentAttention(**latent, norm_eps=values["norm_eps"])
         out["head_dim"] = None
     return out
 
