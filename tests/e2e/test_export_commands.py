@@ -125,6 +125,25 @@ def test_anothers_training_checkpoint_starts_a_run_as_weights(
     assert [row["step"] for row in small.metrics(out_dir)] == list(range(21))
 
 
+@pytest.mark.parametrize("kind", ["run", "litgpt", "lit_model.pth", "gguf"])
+def test_a_run_starts_from_any_model_with_its_tokenizer(world, litgpt_run, tmp_path, kind):
+    """And its checkpoints have the tokenizer in them, wherever the model keeps its own."""
+    start = world / "run"
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+        assert main(["export", str(start), str(tmp_path / "m.gguf"), "--format", "gguf"]) == 0
+        start = tmp_path / "m.gguf"
+    elif kind != "run":
+        start = litgpt_run if kind == "litgpt" else litgpt_run / "step-00000100/lit_model.pth"
+    words = small.pretrain(world, tmp_path / "new", "--initial_checkpoint_dir", str(start))
+    at = words.index("--tokenizer_dir")
+    words = [w for w in words[:at] + words[at + 2 :] if not w.startswith("--model_config")]
+    assert main([*words, "--train.max_steps", "2"]) == 0
+    step = tmp_path / "new/step-00000002"
+    assert (step / "tokenizer/tokenizer.json").is_file()
+    assert first_loss(tmp_path / "new") < first_loss(world / "run")
+
+
 def test_anothers_run_directory_is_left_alone(world, litgpt_run, capsys):
     before = (litgpt_run / "step-00000100/lit_model.pth").read_bytes()
     _, err = said(capsys, *small.pretrain(world, litgpt_run, "--resume", "auto"), code=2)

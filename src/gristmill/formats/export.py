@@ -7,6 +7,7 @@ Parameters go through one at a time, so that memory holds about one tensor, what
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -23,6 +24,7 @@ from gristmill.formats.beside import beside
 from gristmill.formats.compare import compare_config, compare_weights
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
+from gristmill.formats.tokenizer_files import find_tokenizer
 from gristmill.models import zoo
 from gristmill.models.counts import num_parameters
 from gristmill.models.zoo.gguf import PROGRAM
@@ -47,20 +49,24 @@ def export(cfg: Export) -> None:
     job = _settle(cfg)
     print(job.opening(), file=sys.stderr)
     started = time.monotonic()
+    with _failures(job.out, f"nothing is left of {job.out}"), beside(job.out) as place:
+        _write(job, place.new)
+        written_s = time.monotonic() - started
+        _compare(job, place.new)
+        place.finish()
+    print(job.closing(written_s, time.monotonic() - started - written_s))
+
+
+@contextlib.contextmanager
+def _failures(place: Path, state: str) -> Iterator[None]:
+    """Ctrl-C and a full disk in words; `state`: what is there afterwards."""
     try:
-        with beside(job.out) as place:
-            _write(job, place.new)
-            written_s = time.monotonic() - started
-            _compare(job, place.new)
-            place.finish()
+        yield
     except KeyboardInterrupt:
-        raise Interrupted(2, f"stopped. nothing is left of {job.out}.") from None
+        raise Interrupted(2, f"stopped. {state}.") from None
     except OSError as error:
         reason = error.strerror or error
-        raise RunError(
-            f"{job.out} could not be written ({reason}). Mend that, try again."
-        ) from None
-    print(job.closing(written_s, time.monotonic() - started - written_s))
+        raise RunError(f"{place} could not be written ({reason}). Mend that, try again.") from None
 
 
 def convert_from_litgpt(cfg: Convert) -> None:
@@ -74,7 +80,10 @@ def convert_pretrained_checkpoint(cfg: Convert) -> None:
 
 
 def convert_to_litgpt(cfg: ConvertToLitgpt) -> None:
-    """Add `lit_model.pth` and `model_config.yaml` to a model directory; the rest stays as it is."""
+    """Add `lit_model.pth`, `model_config.yaml` and what else LitGPT looks for to a model directory.
+
+    What is there stays as it is.
+    """
     if cfg.checkpoint_dir is None:
         raise UserError("no model is named. Give its directory: gristmill convert_to_litgpt DIR")
     source = open_model_dir(cfg.checkpoint_dir)
@@ -97,16 +106,15 @@ def convert_to_litgpt(cfg: ConvertToLitgpt) -> None:
     )
     if cfg.model_name is not None:
         job = replace(job, config=replace(job.config, name=cfg.model_name))
-    try:
-        with beside(job.out) as place:
-            _write(job, place.new)
-            _compare(job, place.new)
-            for name in LITGPT_FILES:  # the weights first: a visible configuration has them
-                (place.new / name).rename(here / name)
-    except KeyboardInterrupt:
-        raise Interrupted(2, f"stopped. {here} is as it was.") from None
+    with _failures(here, f"{here} is as it was"), beside(job.out) as place:
+        _write(job, place.new)
+        _compare(job, place.new)
+        added = [p.name for p in place.new.iterdir() if not (here / p.name).exists()]
+        # What makes it one of LitGPT's directories comes last.
+        for name in sorted(added, key=lambda name: name == LITGPT_FILES[0]):
+            (place.new / name).rename(here / name)
     print(
-        f"{here}: {' and '.join(LITGPT_FILES)} are written ({job.dtype}), every tensor is equal.\n"
+        f"{here}: {', '.join(sorted(added))} are written ({job.dtype}), every tensor is equal.\n"
         f"Use it: litgpt chat {here}\n"
         f"        gristmill chat {here}    (which needs no conversion)"
     )
@@ -158,7 +166,7 @@ class _Job:
         equal = "is within the rounding of q8_0" if self.dtype == "q8_0" else "is equal bit for bit"
         lines = [
             f"{self.out}: {num_parameters(self.config):,} parameters as {self.dtype}, "
-            f"{len(files)} files, {_size(total)}:",
+            f"{_size(total)} in {len(files)} file{'s' if len(files) > 1 else ''}:",
             *(f"  {file.name:<40} {_size(file.stat().st_size):>10}" for file in files),
             f"Read back: every tensor {equal}, the configuration means the same. "
             f"Written in {written_s:.1f} s, compared in {compared_s:.1f} s.",
@@ -258,19 +266,8 @@ def _tokenizer_dir(cfg: Export, source: ModelDir) -> Path | None:
     """The tokenizer that goes along: the one named, or the model's own."""
     if cfg.tokenizer_dir is not None:
         return resolve_model_dir(cfg.tokenizer_dir)
-    tensors = source.open_tensors()
-    file = tensors.file_of(next(iter(tensors)))
-    for place in (source.path, file.parent):
-        if place.is_file() and source.kind != "gguf":  # a GGUF file has its tokenizer in it
-            continue
-        try:
-            Tokenizer.load(place)
-        except UserError as error:
-            if "no tokenizer at" not in str(error):
-                raise
-        else:
-            return place
-    return None
+    own = find_tokenizer(source)
+    return None if own is None else own.path.parent
 
 
 def _own_dtype(source: ModelDir) -> str:
@@ -329,7 +326,8 @@ def _compare(job: _Job, place: Path) -> None:
 
 
 def _gguf_name(job: _Job) -> str:
-    return f"{job.config.name}-{job.dtype}.gguf"
+    name = job.config.name if job.config.name != ModelConfig.name else job.out.name
+    return f"{name}-{job.dtype}.gguf"
 
 
 class _Fitting(Mapping[str, Tensor]):

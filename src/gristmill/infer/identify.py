@@ -21,6 +21,7 @@ from gristmill.data.store.dataset import Dataset
 from gristmill.formats.model_dir import open_model_dir, read_config
 from gristmill.formats.safetensors_io import read_header
 from gristmill.formats.source import ModelDir
+from gristmill.formats.tokenizer_files import find_tokenizer
 from gristmill.models import zoo
 from gristmill.models.counts import num_parameters, parameter_shapes
 from gristmill.tokenizer.sidecar import read_json
@@ -264,7 +265,8 @@ def _add_model(found: Found, place: Path) -> None:
         found.problems += _add_weights(found, source)
     except (UserError, RunError) as error:
         found.problems.append(str(error))
-    tokens = _add_tokenizer(found, source.path)
+        return
+    tokens = _add_tokenizer(found, source)
     if tokens is not None and tokens > source.config.vocab_size:
         found.problems.append(
             f"the tokenizer has ids up to {tokens - 1:,}, the model {source.config.vocab_size:,} "
@@ -344,14 +346,15 @@ def _types(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
     return dict(counted.most_common())
 
 
-def _add_tokenizer(found: Found, place: Path) -> int | None:
+def _add_tokenizer(found: Found, place: Path | ModelDir) -> int | None:
     """What the tokenizer there is; its number of ids."""
-    folder = place.parent if place.is_file() and place.suffix not in (".json", ".model") else place
     try:
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(place) if isinstance(place, Path) else find_tokenizer(place)
     except UserError as error:
         if "no tokenizer at" not in str(error):
             found.problems.append(str(error))
+        return None
+    if tokenizer is None:
         return None
     found.tokenizer = {
         "kind": tokenizer.kind,

@@ -12,6 +12,7 @@ import torch
 
 from gristmill.config.commands import Sampling
 from gristmill.formats.model_dir import load_model
+from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, Continuation, generate_tokens
 from gristmill.models.device import (
@@ -153,7 +154,7 @@ def load(checkpoint_dir: str | Path | None, device: str, precision: str) -> Load
     chosen = choose_device(device)
     resolved = resolve_precision(precision, chosen, bf16="bf16-true")
     model = load_model(Path(checkpoint_dir), device=chosen, dtype=weight_dtype(resolved))
-    tokenizer = Tokenizer.load(checkpoint_dir)
+    tokenizer = load_tokenizer(checkpoint_dir)
     return LoadedModel(model_name(checkpoint_dir), model, tokenizer, chosen, resolved)
 
 

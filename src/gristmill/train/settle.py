@@ -27,6 +27,7 @@ from gristmill.data.reading.stream import Batch, TokenStream
 from gristmill.data.reading.training import document_mask, training_stream
 from gristmill.data.storage import is_url
 from gristmill.formats.model_dir import open_model_dir, read_config
+from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.models import counts, zoo
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
@@ -248,12 +249,13 @@ def _learning_rates(cfg: Pretrain) -> tuple[float, float]:
 
 
 def _tokenizer_dir(cfg: Pretrain) -> Path | None:
+    """The folder with the tokenizer's own files, wherever what was named keeps them."""
     if cfg.tokenizer_dir is not None:
-        return Path(resolve_model_dir(cfg.tokenizer_dir))
+        return Tokenizer.load(cfg.tokenizer_dir).path.parent
     if isinstance(cfg.data, LitData | Mixture):
         return None
     if cfg.initial_checkpoint_dir is not None:
-        return Path(resolve_model_dir(cfg.initial_checkpoint_dir))
+        return load_tokenizer(cfg.initial_checkpoint_dir).path.parent
     raise UserError(
         "no tokenizer for the raw text. Give --tokenizer_dir DIR; "
         "`gristmill tokenizer train FOLDER --out_dir DIR` makes one."
