@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, generate_tokens
 from gristmill.models.init import init_weights
@@ -21,6 +21,22 @@ SHAPES = {
         "rope_fraction": 0.25,
         "num_token_ids": 59,
     },
+    "windows": {
+        "num_layers": 3,
+        "sliding_window": 5,
+        "sliding_pattern": (True, False),
+        "rope_local_theta": 500.0,
+        "attention_softcap": 20.0,
+    },
+    "latent": {
+        "latent_attention": LatentAttention(
+            kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
+    },
+    "experts": {
+        "moe": MixtureOfExperts(num_experts=4, intermediate_size=16, num_dense_layers=1),
+    },
+    "learned": {"positions": "learned", "norm": "layernorm", "qk_norm": "head"},
 }
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -28,12 +44,11 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 def tiny(shape="grouped", context=64, scale=4.0):
     config = ModelConfig(
         vocab_size=64,
-        num_layers=2,
         hidden_size=32,
         num_heads=4,
         intermediate_size=64,
         max_seq_length=context,
-        **SHAPES[shape],
+        **{"num_layers": 2, **SHAPES[shape]},
     )
     model = Decoder(config)
     init_weights(model, seed=1)
@@ -140,8 +155,9 @@ def test_longer_sequence_computes_only_what_is_new():
     torch.testing.assert_close(again, first)
 
 
-def test_another_continuation_replaces_what_was_held():
-    model = tiny()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_another_continuation_replaces_what_was_held(shape):
+    model = tiny(shape)
     context = Context(model)
     context.read([*PROMPT, 7, 8, 9])
     other = [*PROMPT[:4], 20, 21, 22, 23, 24, 25, 26, 27]
@@ -149,8 +165,9 @@ def test_another_continuation_replaces_what_was_held():
     assert context.ids == other
 
 
-def test_growing_keeps_what_was_read():
-    model = tiny()
+@pytest.mark.parametrize("shape", SHAPES)
+def test_growing_keeps_what_was_read(shape):
+    model = tiny(shape)
     context = Context(model)
     context.read(PROMPT)
     for token in range(30):
@@ -184,8 +201,9 @@ def test_bf16_follows_fp32():
 
 
 @pytest.mark.slow
-def test_compiled_is_eager():
-    model = tiny()
+@pytest.mark.parametrize("shape", ["grouped", "windows", "latent"])
+def test_compiled_is_eager(shape):
+    model = tiny(shape)
     expected = greedy(model, PROMPT, 30)
     context = Context(model)
     reason = context.compile()
