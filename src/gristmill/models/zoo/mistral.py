@@ -71,7 +71,7 @@ MODELS = table(
     size("Mistral-7B-v0.3", ORG, V3),
     size("Mistral-7B-Instruct-v0.3", ORG, V3),
     size("Mathstral-7B-v0.1", "mistralai/mathstral-7B-v0.1", V3, sliding_window=4096),
-    size("Mistral-Nemo-Base-2407", ORG, NEMO),
+    size("Mistral-Nemo-Base-2407", ORG, NEMO, max_seq_length=128000),
     size("Mistral-Nemo-Instruct-2407", ORG, NEMO),
     size("Mistral-Large-Instruct-2407", ORG, LARGE),
     size("Mistral-Large-Instruct-2411", ORG, LARGE),
