@@ -1,10 +1,13 @@
 """Ids of a tokenizer that exceed the `vocab_size` somebody else gave it, and rows beyond both."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 
+from gristmill.formats import hf
+from gristmill.formats.model_dir import load_model, read_config
 from gristmill.models import zoo
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import generate_tokens
@@ -81,3 +84,14 @@ def test_they_are_sampled_and_rows_behind_them_are_not(tokenizer, model):
     drawn = set(generate_tokens(model, prompt, max_new_tokens=200))
     assert 50276 in drawn
     assert max(drawn) == 50276
+
+
+def test_the_files_keep_all_rows_and_which_of_them_count(tokenizer, model, tmp_path):
+    source = tokenizer.path.parent
+    hf.write(tmp_path / "final", model.config, model.state_dict(), tokenizer_dir=source)
+    config = read_config(tmp_path / "final")
+    assert (config.vocab_size, config.num_token_ids) == (50304, 50277)
+    back = load_model(tmp_path / "final")
+    assert torch.equal(back.head.weight, model.head.weight)
+    words = json.loads((tmp_path / "final" / "generation_config.json").read_text())
+    assert words["suppress_tokens"] == list(range(50277, 50304))
