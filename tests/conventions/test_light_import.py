@@ -45,10 +45,13 @@ def test_light_modules_import_nothing_heavy(package):
         (["--help"], "pretrain"),
         (["pretrain", "--help"], "--train.max_tokens"),
         (["pretrain", "list"], "pythia-14m"),
+        (["pretrain", "list", "--verbose"], "32/4"),
         (["pretrain"], "pythia-14m"),
         (["pretrain", "--data.help", "TextFiles"], "train_data_path"),
         (["prepare", "--help"], "--input_dir"),
         (["generate", "--help"], "--max_new_tokens"),
+        (["download"], "EleutherAI/pythia-14m"),
+        (["export", "--help"], "--max_shard_size"),
     ],
     ids=" ".join,
 )

@@ -125,6 +125,17 @@ def test_anothers_training_checkpoint_starts_a_run_as_weights(
     assert [row["step"] for row in small.metrics(out_dir)] == list(range(21))
 
 
+@pytest.mark.parametrize("place", ["", "step-00000100", "step-00000100/lit_model.pth"])
+def test_anothers_run_is_known(litgpt_run, capsys, place):
+    out, _ = said(capsys, "inspect", litgpt_run / place)
+    for words in ("LitGPT checkpoint", "43,168", "float32", "300 ids", "yes, as far as"):
+        assert words in out
+    file = litgpt_run / "step-00000100/lit_model.pth"
+    file.write_bytes(file.read_bytes()[:-20_000])
+    _, err = said(capsys, "inspect", litgpt_run / place, code=2)
+    assert "lit_model.pth is damaged or cut off" in err
+
+
 @pytest.mark.parametrize("kind", ["run", "litgpt", "lit_model.pth", "gguf"])
 def test_a_run_starts_from_any_model_with_its_tokenizer(world, litgpt_run, tmp_path, kind):
     """And its checkpoints have the tokenizer in them, wherever the model keeps its own."""

@@ -365,10 +365,11 @@ class _Live:
 
     def __call__(self, count: int) -> None:
         self._done += count
-        if time.monotonic() - self._shown > 0.5:
+        share = min(1.0, self._done / self._total)
+        if time.monotonic() - self._shown > 0.5 or (share == 1.0 and self._shown < float("inf")):
             self._shown = time.monotonic()
-            share = min(1.0, self._done / self._total)
-            print(f"\r{share:4.0%} {self._verb}", end="\r", file=sys.stderr, flush=True)
+            text = f"{share:4.0%} {self._verb}" if share < 1.0 else ""
+            print(f"\r{text:<20}", end="\r", file=sys.stderr, flush=True)
 
 
 def _spelled(cfg: Convert, command: str, format: str) -> Export:
