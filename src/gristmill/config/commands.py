@@ -41,6 +41,8 @@ class Pretrain:
     """Number of devices."""
     num_nodes: int = 1
     """Number of machines."""
+    max_restarts: int = 3
+    """How often workers that died are started again from the newest checkpoint."""
     compile: Literal["auto", "off"] = "auto"
     """auto: compile each block where a C++ compiler is found."""
     deterministic: bool = False
