@@ -205,13 +205,19 @@ def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precis
     and values (q + 2 kv), the attention output (q) and one log-normaliser per head; the
     feed-forward keeps its inner values: gate, up, the activated gate and their product (4 f), or
     up and its activation (2 f). Each expert that a token visits keeps the token's row and one more
-    product, by its weight (d + 5 f). Compiled blocks keep less.
+    product, by its weight (d + 5 f). Latent attention also keeps its small vectors, around their
+    norms and with the shared key, and its output apart. Compiled blocks keep less.
     """
     q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
     wide, narrow = BYTES_PER_WEIGHT[precision], BYTES_PER_ACTIVATION[precision]
     norm = narrow + (8 if config.norm == "rmsnorm" else wide)
     inner = _feed_forward_values(config)
     block = 2 * norm * config.hidden_size + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
+    latent = config.latent_attention
+    if latent is not None:
+        rank, out = latent.kv_lora_rank, config.num_heads * latent.v_head_dim
+        block += norm * (rank + (latent.q_lora_rank or 0))
+        block += narrow * (rank + latent.qk_rope_head_dim + out)
     return micro_batch * seq_len * (config.num_layers * block + norm * config.hidden_size)
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
@@ -94,7 +95,12 @@ class LatentAttention(nn.Module):
         k, v = expanded.split((self.nope, self.values), -1)
         q = torch.cat((plain, turned), -1).transpose(1, 2)
         k = torch.cat((k, key.expand(-1, self.heads, -1, -1).to(k.dtype)), -1)
-        return attend(q, k, v, mask, scale=self.scale, softcap=self.softcap).transpose(1, 2)
+        narrower = k.shape[-1] - self.values
+        if narrower > 0 and v.device.type == "cpu":
+            # The kernel for CPUs wants equal widths; what runs instead keeps all T * T weights.
+            v = F.pad(v, (0, narrower))
+        out = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
+        return out[..., : self.values].transpose(1, 2)
 
     def _absorbed(self, plain: Tensor, turned: Tensor, rows: Tensor, mask: Any) -> Tensor:
         """The same, with kv_up applied to queries and results instead of to the rows.

@@ -6,7 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import LatentAttention, ModelConfig
 from gristmill.models import counts, zoo
 from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
@@ -16,8 +16,16 @@ SMALL = ModelConfig(
 )
 GROUPED = replace(SMALL, num_kv_heads=2, head_dim=16, tie_embeddings=True)
 PARALLEL = replace(zoo.get("pythia-14m"), vocab_size=500, num_token_ids=490, num_layers=2)
+LATENT = replace(
+    SMALL,
+    latent_attention=LatentAttention(
+        kv_lora_rank=16, q_lora_rank=24, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+    ),
+)
 CONFIGS = pytest.mark.parametrize(
-    "config", [SMALL, GROUPED, PARALLEL], ids=["plain", "grouped", "parallel"]
+    "config",
+    [SMALL, GROUPED, PARALLEL, LATENT],
+    ids=["plain", "grouped", "parallel", "latent"],
 )
 
 
@@ -75,7 +83,7 @@ def test_cache_bytes_are_those_of_the_cache():
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("config", [SMALL, GROUPED, PARALLEL], ids=["plain", "grouped", "parallel"])
+@CONFIGS
 def test_activations_are_about_what_autograd_saves(config, precision):
     config = replace(config, num_layers=8)
     model = Decoder(config)
