@@ -241,10 +241,8 @@ def _add_metadata(writer: Any, words: Mapping[str, Any]) -> None:
 def _write_tensors(library: ModuleType, writer: Any, theirs: TheirTensors, dtype: str) -> None:
     """The tensors' places, then their values, one at a time."""
     config = theirs.config
-    scaling = config.rope_scaling
-    factors = None
-    if scaling is not None and scaling.kind == "llama3":
-        factors = np.array(table.rope_factors(config), np.float32)
+    factors = np.array(table.rope_factors(config), np.float32)
+    if factors.size:
         writer.add_tensor_info(table.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for name in theirs:
         if _is_offset(config, name):
@@ -258,7 +256,7 @@ def _write_tensors(library: ModuleType, writer: Any, theirs: TheirTensors, dtype
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
+    if factors.size:
         writer.write_tensor_data(factors)
     for name in theirs:
         tensor = theirs[name].detach().cpu()

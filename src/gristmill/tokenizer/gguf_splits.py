@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# GPT-2's, the `use_regex` of the ByteLevel pre-tokenizer.
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-2's, the `use_regex` of the ByteLevel pre-tokenizer. What its last part matches, is left over
+# without it and a piece of its own all the same.
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+WORDS = _WORDS + r"|\s+"
 DIGIT = r"\p{N}"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,8 +24,8 @@ _CASED = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # What llama.cpp does with a file that says nothing of its splits.
-_UNKNOWN = (r"[\p{P}\$\+<=>\^~\|]+", WORDS.removesuffix(r"|\s+"), r"\p{N}+", "[0-9][0-9][0-9]")
-_PUNCTUATION = (r"[\p{P}\$\+<=>\^~\|`]+", WORDS.removesuffix(r"|\s+"), "[0-9][0-9][0-9]")
+_UNKNOWN = (r"[\p{P}\$\+<=>\^~\|]+", _WORDS, r"\p{N}+", "[0-9][0-9][0-9]")
+_PUNCTUATION = (r"[\p{P}\$\+<=>\^~\|`]+", _WORDS, "[0-9][0-9][0-9]")
 
 
 @dataclass(frozen=True)

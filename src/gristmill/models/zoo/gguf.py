@@ -226,11 +226,11 @@ def row_for(
 
 
 def rope_factors(config: ModelConfig) -> list[float]:
-    """Divisors of the rotary frequencies under Llama 3's scaling (arXiv:2407.21783)."""
+    """Divisors of the rotary frequencies under Llama 3's scaling (arXiv:2407.21783), else none."""
     scaling = config.rope_scaling
-    assert scaling is not None
-    size = round(config.head_size * config.rope_fraction)
-    return _factors(size, config.rope_theta, scaling)
+    if scaling is None or scaling.kind != "llama3":
+        return []
+    return _factors(round(config.head_size * config.rope_fraction), config.rope_theta, scaling)
 
 
 def _lost(
@@ -241,8 +241,8 @@ def _lost(
         tensors = shapes(row)
     except KeyError as error:
         return [f"the parameter {error.args[0]}"]
-    scaled = config.rope_scaling is not None and config.rope_scaling.kind == "llama3"
-    values = {ROPE_FACTORS: rope_factors(config)} if scaled else {}
+    factors = rope_factors(config)
+    values = {ROPE_FACTORS: factors} if factors else {}
     tensors = dict(tensors) | {name: (len(numbers),) for name, numbers in values.items()}
     try:
         back = parse(row, describe(row, config), tensors, values.__getitem__)
