@@ -57,7 +57,9 @@ def find(place: Path) -> ModelDir | None:
         config = zoo.family_for(config)
     weights = table.weights(config, entries, raw)
     tensors = Tensors(_turned(entries, config))
-    return ModelDir(place, config, "litgpt", lambda: tensors, weights, table.is_dropped)
+    # The path must lead to these weights again, where a directory has those of several steps.
+    path = file if file == place else file.parent
+    return ModelDir(path, config, "litgpt", lambda: tensors, weights, table.is_dropped)
 
 
 def _weights(place: Path) -> Path | None:
@@ -115,9 +117,11 @@ def _config(file: Path, entries: Mapping[str, Entry]) -> tuple[Json | None, Mode
     for path in (file.parent / CONFIG, file.parent / OLD_CONFIG):
         if not path.is_file():
             continue
+        # YAML takes JSON's 1e-05 for a text.
+        read = json.loads if path.suffix == ".json" else yaml.safe_load
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raw = read(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{path} is damaged ({reason}). {AGAIN}") from None
         if not isinstance(raw, dict):
@@ -223,9 +227,11 @@ def write(
     if config.tie_embeddings:
         same[HEAD] = EMBEDDING
         shapes[HEAD] = shapes[EMBEDDING]
+    # A bias that decides which experts are visited is large against the differences it makes.
+    dtypes = {n: torch.float32 if n.endswith(table.EXACT) else dtype for n in shapes}
     hf_words = _hugging_face_words(config, dtype)
     with building(out) as directory:
-        write_torch_file(directory / WEIGHTS, shapes, dtype, theirs.__getitem__, same=same)
+        write_torch_file(directory / WEIGHTS, shapes, dtypes, theirs.__getitem__, same=same)
         (directory / CONFIG).write_text(yaml.safe_dump(settings), encoding="utf-8")
         write_companions(directory, config, hf_words, tokenizer)
 

@@ -29,26 +29,26 @@ STORAGES = {
 def write_torch_file(
     path: Path,
     shapes: Shapes,
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     get: Callable[[str], Tensor],
     *,
     same: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a table of tensors of one dtype and fsync it, holding one tensor at a time.
+    """Write a table of tensors and fsync it, holding one tensor at a time.
 
-    `get(name)` gives the tensor of that name, of any dtype on any device. same: names of tensors
+    dtypes: name -> the dtype to store. `get(name)` gives the tensor of that name, of any dtype on any device. same: names of tensors
     that are another one, which is stored once.
     """
     same = same or {}
     keys = {name: str(number) for number, name in enumerate(n for n in shapes if n not in same)}
     records = {name: keys[same.get(name, name)] for name in shapes}
     writer = torch._C.PyTorchFileWriter(str(path))
-    pickle = _pickle(shapes, records, dtype)
+    pickle = _pickle(shapes, records, dtypes)
     writer.write_record("data.pkl", pickle, len(pickle))
     order = sys.byteorder.encode()
     writer.write_record("byteorder", order, len(order))
     for name, key in keys.items():
-        tensor = get(name).detach().to("cpu", dtype).contiguous()
+        tensor = get(name).detach().to("cpu", dtypes[name]).contiguous()
         shape = tuple(tensor.shape)
         assert shape == tuple(shapes[name]), f"{name} is {shape}, not {shapes[name]}"
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
@@ -63,7 +63,7 @@ def write_torch_file(
         os.close(handle)
 
 
-def _pickle(shapes: Shapes, records: Mapping[str, str], dtype: torch.dtype) -> bytes:
+def _pickle(shapes: Shapes, records: Mapping[str, str], dtypes: Mapping[str, torch.dtype]) -> bytes:
     """The pickle (protocol 2) of a dictionary of contiguous tensors with storages of their own."""
     out = [b"\x80\x02}("]
     for name, shape in shapes.items():
@@ -72,7 +72,7 @@ def _pickle(shapes: Shapes, records: Mapping[str, str], dtype: torch.dtype) -> b
             strides.append(numel)
             numel *= size
         storage = b"".join(
-            (_text("storage"), _global("torch", STORAGES[dtype]), _text(records[name]))
+            (_text("storage"), _global("torch", STORAGES[dtypes[name]]), _text(records[name]))
         )
         out += [
             _text(name),

@@ -35,7 +35,7 @@ WORDS = (
     Word("norm_eps", "norm_eps", 1e-5),
     Word("parallel_residual", "parallel_residual", True),
     Word("shared_attention_norm", "shared_norm", False),
-    Word("bias", ("attention_out_bias", "mlp_bias"), True),
+    Word("bias", ("mlp_bias", "attention_out_bias"), True),
     Word("attention_logit_softcapping", "attention_softcap", None),
     Word("final_logit_softcapping", "logit_softcap", None),
     Word("sliding_window_size", "sliding_window", None),
