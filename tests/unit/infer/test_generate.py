@@ -80,7 +80,7 @@ def test_wrong_directories(tmp_path, base_model):
         (None, "no model given.*gristmill generate"),
         (str(tmp_path / "nowhere"), "nowhere does not exist.*[Nn]ame a model directory"),
         (str(tmp_path), "no config.json"),
-        (str(base_model / "config.json"), "is a file"),
+        (str(base_model / "config.json"), "is no model file"),
     ):
         with pytest.raises(UserError, match=message):
             generate(Generate(checkpoint_dir=path))
