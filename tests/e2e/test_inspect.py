@@ -170,6 +170,38 @@ def test_an_unfinished_save_beside_good_ones(own_run, look):
     assert found["training"]["unfinished"] == ["step-00000024"]
 
 
+def test_an_old_rest_of_a_download_beside_a_whole_model(own_run, look):
+    parts = own_run / "final/.gristmill/download"
+    parts.mkdir(parents=True)
+    (parts / "x.part").write_bytes(b"x")
+    assert look(own_run / "final")[0] == 0
+
+
+def test_weights_without_a_configuration(own_run, look):
+    (own_run / "final/model.safetensors").rename(own_run.parent / "alone.safetensors")
+    code, found, _ = look(own_run.parent / "alone.safetensors")
+    assert code == 0
+    assert found["model"]["dtypes"] == {"float32": 43168}
+    code, found, _ = look(next(own_run.glob("step-00000020/weights/*.safetensors")))
+    assert (code, found["kind"]) == (0, "training checkpoint")
+
+
+def test_a_model_in_a_pickle_is_not_read(own_run, look, monkeypatch):
+    """The types come from the head of the file."""
+    import torch
+    from safetensors.torch import load_file
+
+    from gristmill.formats import source
+
+    file = own_run / "final/model.safetensors"
+    torch.save(load_file(file), own_run / "final/pytorch_model.bin")
+    file.unlink()
+    monkeypatch.setattr(source.Tensors, "__getitem__", lambda self, name: pytest.fail(name))
+    code, found, _ = look(own_run / "final/pytorch_model.bin")
+    assert code == 0
+    assert found["model"]["dtypes"] == {"float32": 43168}
+
+
 def test_an_unfinished_download(tmp_path, look):
     parts = tmp_path / "m/.gristmill/download"
     parts.mkdir(parents=True)

@@ -43,6 +43,9 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries  # a mapping's own way is to read it
+
     def file_of(self, name: str) -> Path:
         """The (first) file that holds a tensor."""
         return self.entries[name].file
@@ -134,6 +137,9 @@ class Parameters(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._by_name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
 
     def _read(self, conversion: Conversion) -> list[Tensor]:
         shapes = [self.shapes[name] for name in conversion.ours]

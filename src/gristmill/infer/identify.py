@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ from gristmill.data.preparation.workspace import NAME as UNFINISHED_DATASET
 from gristmill.data.store.dataset import Dataset
 from gristmill.formats.model_dir import open_model_dir, read_config
 from gristmill.formats.safetensors_io import read_header
-from gristmill.formats.source import ModelDir
+from gristmill.formats.source import ModelDir, Tensors
 from gristmill.formats.tokenizer_files import find_tokenizer
 from gristmill.models import zoo
 from gristmill.models.counts import num_parameters, parameter_shapes
@@ -102,23 +102,32 @@ def _directory(place: Path) -> Found:
         return _run(place)
     if (place / "weights").is_dir() and (place / "config.json").is_file():
         return _checkpoint(place)
-    if parts := list((place / DOWNLOAD_PARTS).glob("*.part")):
+    there = _files(place)
+    parts = list((place / DOWNLOAD_PARTS).glob("*.part"))
+    if parts and (there is None or there.problems or not _has_weights(place)):
         found = Found(str(place), "unfinished download")
         found.problems.append(
             f"{len(parts)} files of {place} are not here yet. "
             "Run its `gristmill download` command again: it goes on."
         )
         return found
+    if there is not None:
+        return there
+    raise UserError(
+        f"{place} holds no model, tokenizer or dataset (no config.json, no step-*/, no weights). "
+        "Name the directory that does."
+    )
+
+
+def _files(place: Path) -> Found | None:
+    """A directory of a model's files, or of some of them."""
     if _has_weights(place):
         return _model(place)
     if any((place / name).is_file() for name in TOKENIZERS):
         return _tokenizer_only(place)
     if any((place / name).is_file() for name in SETTINGS):
         return _no_weights(place)
-    raise UserError(
-        f"{place} holds no model, tokenizer or dataset (no config.json, no step-*/, no weights). "
-        "Name the directory that does."
-    )
+    return None
 
 
 def _file(place: Path) -> Found:
@@ -128,13 +137,15 @@ def _file(place: Path) -> Found:
         _add_tokenizer(found, place)
         found.commands.append(f"gristmill prepare LAYOUT --tokenizer_dir {place} …")
         return found
-    if place.suffix == ".safetensors" and not (place.parent / "config.json").is_file():
+    if place.suffix in (".safetensors", ".bin"):
+        for folder in (place.parent, place.parent.parent):
+            if (folder / "config.json").is_file():
+                return _directory(folder)
+    if place.suffix == ".safetensors":
         found = Found(str(place), "safetensors file, without the config.json of a model")
         _add_headers(found, None, [place], str)
         return found
-    if place.suffix == ".safetensors":
-        return _model(place.parent)
-    if place.suffix in (".gguf", ".pth", ".ckpt", ".bin", ".pt"):
+    if place.suffix in (".gguf", ".pth", ".ckpt", ".consolidated"):
         return _model(place)
     if place.name in (*SETTINGS, RUN_FILE, store.RECORD_NAME):
         return _directory(place.parent)
@@ -305,8 +316,18 @@ def _add_weights(found: Found, source: ModelDir) -> list[str]:
         infos = gguf_header.read_header(files[0]).tensors.values()
         found.model["dtypes"] = _types((GGUF_TYPES.get(t.type, "?"), prod(t.shape)) for t in infos)
     elif all(file.suffix in MAPPED for file in files):
-        found.model["dtypes"] = _types((str(t.dtype), t.numel()) for t in tensors.values())
+        found.model["dtypes"] = _types(_peeked(source, tensors))
     return []
+
+
+def _peeked(source: ModelDir, tensors: Tensors) -> Iterator[tuple[str, int]]:
+    """Types of tensors in pickles, and how many numbers belong to each, without reading them."""
+    ours = parameter_shapes(source.config)
+    for conversion in source.conversions():
+        entry = tensors.entries[conversion.theirs[0]]
+        peek = getattr(entry, "peek", entry.read if entry.file.suffix == ".bin" else None)
+        if peek is not None:  # of a .bin, tensors are mapped
+            yield str(peek().dtype), sum(prod(ours[name]) for name in conversion.ours)
 
 
 def _add_headers(
