@@ -79,8 +79,8 @@ def attention_scale(latent: LatentAttention, scaling: RopeScaling | None) -> flo
     if scaling is None or not scaling.mscale_all_dim:
         return None
     growth = 0.1 * scaling.mscale_all_dim * math.log(max(scaling.factor, 1.0)) + 1.0
-    head = latent.qk_nope_head_dim + latent.qk_rope_head_dim
-    return head**-0.5 * growth * growth
+    head = float(latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+    return float(head**-0.5 * growth * growth)
 
 
 def parse_latent(raw: Json) -> Json:
