@@ -106,7 +106,7 @@ def _refusal(path: Path, error: Exception) -> UserError:
             "alone where it was made: torch.save(model.state_dict(), ...)."
         )
     reason = re.split(r"[.\n]", str(error), maxsplit=1)[0] or type(error).__name__
-    return UserError(f"{path} is damaged or cut off ({reason}). {AGAIN}")
+    return UserError(f"{path} cannot be read ({reason}). {AGAIN}")
 
 
 class _Record:

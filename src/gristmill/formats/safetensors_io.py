@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import struct
-import zipfile
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from math import prod
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gristmill.formats.pickles import open_file
 from gristmill.formats.source import AGAIN, Entry, Tensors
 from gristmill.util.errors import UserError
 from gristmill.util.paths import how_to_get
@@ -131,7 +130,7 @@ def open_tensors(files: list[Path]) -> Tensors:
             entries[name] = Entry(file, partial(_join, name, places, headers))
     for file in files:
         if file.suffix != ".safetensors":
-            entries |= _pickled(file)
+            entries |= open_file(file)
     return Tensors(entries)
 
 
@@ -154,34 +153,6 @@ def _read(path: Path, name: str, entry: Json) -> Tensor:
                 raise UserError(f"{path} is cut off: tensor {name} ends too early. {AGAIN}")
             done += count
     return data.view(dtype).view(entry["shape"])
-
-
-def _pickled(path: Path) -> dict[str, Entry]:
-    """Tensors of a `.bin` file; code in the pickle is refused, not run."""
-    # Files of before torch 1.6 are no zip archives and cannot be mapped.
-    mappable = zipfile.is_zipfile(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code:
-            raise UserError(
-                f"{path} holds more than tensors, which could run code ({code.group(1)}). "
-                "Use a safetensors version of this model."
-            ) from None
-        reason = re.split(r"[.\n]", str(error), maxsplit=1)[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}). {AGAIN}") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, no table of tensors. {AGAIN}")
-    return {
-        name: Entry(path, partial(_given, value))
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
-
-
-def _given(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 Place = tuple[Path, tuple[int, ...]]

@@ -358,7 +358,7 @@ def test_damage_is_told(tmp_path):
     out = write(tmp_path / "out")
     file = out / "lit_model.pth"
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"lit_model.pth is damaged or cut off .*Fetch or copy"):
+    with pytest.raises(UserError, match=r"lit_model.pth cannot be read .*Fetch or copy"):
         load_model(out)
     write(out)
     settings = out / "model_config.yaml"
