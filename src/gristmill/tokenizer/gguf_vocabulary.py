@@ -18,7 +18,7 @@ from gristmill.tokenizer import sentencepiece_proto as proto
 from gristmill.tokenizer.gguf_splits import KINDS, name_of, pre_tokenizer
 from gristmill.tokenizer.sidecar import read_sidecar
 from gristmill.util.errors import UserError
-from gristmill.util.gguf_header import read_header
+from gristmill.util.gguf_header import Header, read_header
 from gristmill.util.paths import user_cache_dir
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 _VERSION = 1  # of the conversion: part of the name of what it wrote
 _BYTES, _PIECES = "gpt2", "llama"  # the format's words for byte-level BPE and SentencePiece
-_OTHER = "Name another tokenizer (--tokenizer_dir DIR)."
+_OTHER = (
+    "Put the tokenizer.json of the model beside the file, or name another (--tokenizer_dir DIR)."
+)
 _PADDING = "[PAD"
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
@@ -35,9 +37,20 @@ def unpack(path: Path) -> Path:
     """The `tokenizer.json` or `tokenizer.model` that the GGUF file at `path` means.
 
     It is made in the user's cache, once for each vocabulary, with the files that belong beside it.
-    Raises UserError for a tokenizer of an unknown kind.
+    One of an unknown kind may lie beside the GGUF file; without raises UserError.
     """
     header = read_header(path)
+    try:
+        return _unpacked(path, header)
+    except UserError:
+        for name in ("tokenizer.json", "tokenizer.model"):
+            if (path.parent / name).is_file():
+                return path.parent / name
+        raise
+
+
+def _unpacked(path: Path, header: Header) -> Path:
+    """The file in the cache."""
     name = f"{header.digest[:32]}-{_VERSION}"
     for root in (user_cache_dir(), Path(tempfile.gettempdir()) / f"gristmill-{os.getuid()}"):
         folder = root / "gguf-tokenizers" / name
@@ -115,9 +128,10 @@ def _definition(path: Path, metadata: Mapping[str, Any]) -> tuple[str, bytes]:
         return "tokenizer.json", whole.encode()
     if kind == _PIECES:
         return "tokenizer.model", _pieces_model(metadata)
+    if kind in (None, "none", "no_vocab"):
+        raise UserError(f"no tokenizer at {path} (there is none in it). {_OTHER}")
     if kind != _BYTES:
-        found = f"a tokenizer of the kind {kind!r}, which is not supported" if kind else "none"
-        raise UserError(f"no tokenizer can be taken from {path} ({found}). {_OTHER}")
+        raise UserError(f"{path} has a tokenizer of the kind {kind!r}, not supported. {_OTHER}")
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in KINDS:
         raise UserError(

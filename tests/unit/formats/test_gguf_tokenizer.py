@@ -10,6 +10,7 @@ from gristmill.config.commands import TokenizerTrain
 from gristmill.formats import gguf
 from gristmill.formats.model_dir import load_model, open_model_dir, read_config
 from gristmill.tokenizer import gguf_vocabulary
+from gristmill.tokenizer import sentencepiece_proto as proto
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.tokenizer.train import train_bpe
 from gristmill.util.errors import UserError
@@ -132,11 +133,60 @@ def test_unknown_splits(tmp_path, tokenizer_dir, monkeypatch):
     assert load_model(tmp_path)  # the model itself is fine
 
 
-@pytest.mark.parametrize("kind", ["bert", None])
-def test_unknown_tokenizers(tmp_path, tokenizer_dir, monkeypatch, kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("bert", r"m\.gguf has a tokenizer of the kind 'bert'"),
+        ("none", r"no tokenizer at .*m\.gguf \(there is none in it\)"),
+        (None, r"no tokenizer at .*m\.gguf \(there is none in it\)"),
+    ],
+)
+def test_unknown_tokenizers(tmp_path, tokenizer_dir, monkeypatch, kind, message):
     edit(tmp_path / "m.gguf", tokenizer_dir, monkeypatch, model=kind)
-    with pytest.raises(UserError, match=r"no tokenizer can be taken from.*--tokenizer_dir"):
+    with pytest.raises(UserError, match=rf"{message}.*--tokenizer_dir"):
         Tokenizer.load(tmp_path / "m.gguf")
+    Tokenizer.load(tokenizer_dir).save(tmp_path)
+    beside = Tokenizer.load(tmp_path / "m.gguf")
+    assert beside.path == tmp_path / "tokenizer.json"
+
+
+def sentencepiece_dir(folder, **changes):
+    texts = ["<unk>", "<s>", "</s>", "\u2581", "a", "b", "ab", "\u2581a"]
+    kinds = [proto.UNKNOWN, proto.CONTROL, proto.CONTROL, *[proto.NORMAL] * 5]
+    pieces = tuple(proto.Piece(t, -float(n), k) for n, (t, k) in enumerate(zip(texts, kinds)))
+    model = proto.Model(**{"pieces": pieces, **changes})
+    folder.mkdir()
+    roles = {"unk": 0, "bos": 1, "eos": 2}
+    (folder / "tokenizer.model").write_bytes(proto.write_model(model, roles))
+    return model
+
+
+def test_tokens_beside_a_sentencepiece_model_go_along(tmp_path):
+    pytest.importorskip("sentencepiece")
+    folder = tmp_path / "tok"
+    model = sentencepiece_dir(folder, add_space_prefix=False)
+    assert proto.read_model((folder / "tokenizer.model").read_bytes()) == model
+    (folder / "added_tokens.json").write_text('{"<|end|>": 10}')
+    config = small("Llama-2-7b-hf", vocab_size=12)
+    write(tmp_path / "m.gguf", config, tokenizer_dir=folder)
+    here, there = Tokenizer.load(folder), Tokenizer.load(tmp_path / "m.gguf")
+    assert there.num_token_ids == here.num_token_ids == 11
+    for text in ("ab a", "a<|end|>b"):
+        for special in (False, True):
+            assert there.encode(text, special=special) == here.encode(text, special=special)
+    assert there.encode("<|end|>", special=True) == [10]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": proto.UNIGRAM}, {"remove_extra_spaces": True}],
+    ids=str,
+)
+def test_sentencepiece_models_that_llama_cpp_reads_otherwise(tmp_path, changes):
+    pytest.importorskip("sentencepiece")
+    sentencepiece_dir(tmp_path / "tok", **changes)
+    with pytest.raises(UserError, match=r"no SentencePiece model that llama\.cpp reads exactly"):
+        write(tmp_path / "m.gguf", small("Llama-2-7b-hf"), tokenizer_dir=tmp_path / "tok")
 
 
 def test_splits_that_llama_cpp_does_not_know(tmp_path, tokenizer_dir):
