@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig
 from gristmill.formats import hf
@@ -254,13 +255,32 @@ def test_experts_out_of_reach_are_refused(options, message):
         check_config(ModelConfig(moe=replace(moe, **options)))
 
 
-def test_the_bias_of_the_choice_is_never_rounded(tmp_path):
+def tiny_words():
     words = {**V3, "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
     words |= {"num_key_value_heads": 4, "intermediate_size": 48, "moe_intermediate_size": 16}
     words |= {"n_routed_experts": 16, "vocab_size": 64, "first_k_dense_replace": 1}
     words |= {"kv_lora_rank": 16, "q_lora_rank": 8, "max_position_embeddings": 128}
-    model = Decoder(parse(words))
+    return words
+
+
+def tiny_model():
+    model = Decoder(parse(tiny_words()))
     init_weights(model, 0)
+    return model
+
+
+def test_a_second_prediction_in_the_files_is_passed_over(tmp_path):
+    model = tiny_model()
+    hf.write(tmp_path / "out", model.config, model.state_dict(), tokenizer_dir=None)
+    file = tmp_path / "out" / "model.safetensors"
+    extra = {"model.layers.61.eh_proj.weight": torch.ones(32, 64)}
+    save_file(load_file(file) | extra, file)
+    back = load_model(tmp_path / "out")
+    assert all(torch.equal(back.state_dict()[k], v) for k, v in model.state_dict().items())
+
+
+def test_the_bias_of_the_choice_is_never_rounded(tmp_path):
+    model = tiny_model()
     bias = 14.0 + torch.rand(16)
     model.layers[1].mlp.selection_bias.copy_(bias)
     model.bfloat16()
