@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,6 +155,9 @@ def load(checkpoint_dir: str | Path | None, device: str, precision: str) -> Load
     resolved = resolve_precision(precision, chosen, bf16="bf16-true")
     model = load_model(Path(checkpoint_dir), device=chosen, dtype=weight_dtype(resolved))
     tokenizer = load_tokenizer(checkpoint_dir)
+    if model.config.num_token_ids is None and tokenizer.num_token_ids < model.config.vocab_size:
+        # Rows behind the last token were never trained and could win over trained ones.
+        model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)
     return LoadedModel(model_name(checkpoint_dir), model, tokenizer, chosen, resolved)
 
 

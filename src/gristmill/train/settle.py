@@ -137,12 +137,6 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             "no data to train on. Name a data module, for example "
             "--data TextFiles --data.train_data_path FOLDER.",
         )
-    for option, value in (("--devices", cfg.devices), ("--num_nodes", cfg.num_nodes)):
-        if value not in ("auto", 1):
-            raise UserError(
-                f"{option} {value}: this version trains on one device. Leave {option} out.",
-                {option: None},
-            )
     typed = [f"--log.{name}" for name, value in vars(cfg.log).items() if value is not None]
     if typed and cfg.logger_name != "wandb":
         raise UserError(
@@ -219,6 +213,12 @@ def _model(cfg: Pretrain) -> ModelConfig:
     """The architecture: custom, named, or that of the weights to start from."""
     if cfg.model_config is not None:
         model = cfg.model_config
+        if cfg.model_name is not None and model.name == ModelConfig().name:
+            raise UserError(
+                f"--model_config describes a whole model and does not change {cfg.model_name}. "
+                "Leave out the name, or give the model of --model_config a name of its own.",
+                {"--model_config.name": f"my-{cfg.model_name.rpartition('/')[2]}"},
+            )
     elif cfg.model_name is not None and ":" in cfg.model_name:
         model = load_named("--model_name", cfg.model_name)
         if not isinstance(model, ModelConfig):

@@ -1,9 +1,12 @@
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
-from gristmill.config.commands import Generate
+from gristmill.config.commands import Generate, Sampling
+from gristmill.formats import hf
+from gristmill.formats.model_dir import load_model
 from gristmill.infer.generate import generate
 from gristmill.infer.load import load, model_name, use_few_threads
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -153,3 +156,17 @@ def test_without_a_compiler_it_goes_on(base_model, capsys, monkeypatch):
     shown = run(capsys, base_model, compile="auto", seed=2)
     assert shown.out == run(capsys, base_model, seed=2).out
     assert "Not compiled (no compiler); going on without." in shown.err
+
+
+def test_rows_behind_the_tokenizer_are_never_chosen(base_model, tmp_path):
+    """A directory of another tool says nothing of rows that only fill up the embedding."""
+    model = load_model(base_model)
+    state = dict(model.state_dict())
+    for name in ("embed.weight", "head.weight"):
+        # Of length 100 in all directions: one of them has the largest logit wherever it is asked.
+        state[name] = torch.cat([state[name], 100 * torch.eye(32), -100 * torch.eye(32)[:8]])
+    config = replace(model.config, vocab_size=300, num_token_ids=None)
+    hf.write(tmp_path / "padded", config, state, tokenizer_dir=base_model)
+    loaded = load(tmp_path / "padded", "cpu", "32-true")
+    ids = loaded.prompt_ids("Some text")
+    assert max(loaded.stream(ids, Sampling(max_new_tokens=20, temperature=0.0))) < 260
