@@ -83,6 +83,8 @@ def test_what_litgpt_cannot_express_is_named(change, told):
         ({"norm_class_name": "BatchNorm"}, "norm_class_name is 'BatchNorm'"),
         ({"mlp_class_name": "LLaMAMoE", "bias": True}, "bias is true in a model with experts"),
         ({"rope_local_base_freq": 1e4, "rope_indices": [0, 1]}, "rope_indices"),
+        ({"rope_local_base_freq": 1e4, "rope_indices": [0]}, "rope_indices has 1 values for 2"),
+        ({"sliding_window_size": 4, "sliding_window_indices": [1]}, "has 1 values for 2 blocks"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -187,12 +187,19 @@ def _attention(raw: Json, values: Json) -> Json:
 def _windows(raw: Json, layers: int) -> tuple[bool, ...]:
     """Which blocks have the sliding window."""
     if raw["sliding_window_indices"] is not None:
-        return tuple(bool(on) for on in raw["sliding_window_indices"][:layers])
+        return _indices(raw, "sliding_window_indices", layers)
     stride = 1
     for key in PLACING:
         if raw.get(key) is not None:
             stride = _one_of(raw, key, EVERY)
     return tuple(layer % stride == 0 for layer in range(layers))
+
+
+def _indices(raw: Json, key: str, layers: int) -> tuple[bool, ...]:
+    """A list of 0 and 1, at least one for each block."""
+    if len(raw[key]) < layers:
+        raise UserError(f"{key} has {len(raw[key])} values for {layers} blocks. Give one for each.")
+    return tuple(bool(on) for on in raw[key][:layers])
 
 
 def _rope(raw: Json, values: Json) -> Json:
@@ -210,9 +217,10 @@ def _rope(raw: Json, values: Json) -> Json:
     if raw["rope_interleave"] and not raw["latent_attention"]:
         raise UserError("rope_interleave is true. Supported: with latent_attention only.")
     if raw["rope_local_base_freq"] is not None:
-        local = tuple(bool(on) for on in raw["rope_indices"] or [1] * values["num_layers"])
-        windows = _windows(raw, values["num_layers"])
-        if values["sliding_window"] is None or local[: values["num_layers"]] != windows:
+        layers = values["num_layers"]
+        given = raw["rope_indices"] is not None
+        local = _indices(raw, "rope_indices", layers) if given else (True,) * layers
+        if values["sliding_window"] is None or local != _windows(raw, layers):
             raise UserError(
                 "rope_indices and sliding_window_indices differ. Supported: both the same, "
                 "rope_local_base_freq in the blocks with a sliding window."
