@@ -68,7 +68,11 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=None)
     parser.add_argument("--max_shard_size", default="1500MB")
     parser.add_argument("--litgpt", default=None)
+    parser.add_argument("--only_write", type=Path, default=None, help="the checkpoint, and end")
     args = parser.parse_args()
+    if args.only_write is not None:
+        write_checkpoint(args.only_write, zoo.get(MODEL))
+        return
     work = Path(tempfile.mkdtemp(prefix="export-bench-", dir=args.dir))
     try:
         run(work, args.max_shard_size, args.litgpt)
@@ -80,7 +84,8 @@ def run(work: Path, max_shard_size: str, litgpt: str | None) -> None:
     """One export each, one after the other; what is not needed any more goes."""
     config = zoo.get(MODEL)
     checkpoint = work / "run" / "step-00000001"
-    write_checkpoint(checkpoint, config)
+    # In a process of its own: a child's peak begins with what its parent has in memory.
+    run_child([sys.executable, __file__, "--only_write", str(checkpoint)], work / "write.log")
     idle = run_child([sys.executable, "-c", "import gristmill.formats.export"], work / "idle.log")
     rows: dict[str, tuple[Child, int]] = {}
     rows["hf fp32"] = (
