@@ -38,6 +38,9 @@ _Q8_0_BLOCK = 32
 _ALWAYS_F32 = ("position_embd.weight", "ffn_gate_inp.weight")
 # What rounding to 32 bits takes from a weight that one is added to, so that none of it is lost.
 _REST = "gristmill.rest."
+# That a head is a parameter of its own, even if it has the values of the embedding just now.
+_UNTIED = "gristmill.untied"
+_COMPARED_BYTES = 1 << 20
 _INSTALL = "Install it: pip install 'gristmill[gguf]'"
 
 
@@ -53,12 +56,16 @@ def find(place: Path) -> ModelDir | None:
         return None
     header = read_header(path)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    if not header.metadata.get(_UNTIED) and _is_copy(header, table.HEAD, table.EMBEDDING):
+        del shapes[table.HEAD]  # some converters write a tied head out
     try:
         row = table.architecture(header.metadata)
         config = table.parse(row, header.metadata, shapes, partial(_numbers, header))
         config = _in_family(row, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ArithmeticError, TypeError, ValueError) as error:  # numbers that cannot be
+        raise UserError(f"{path} is damaged in its metadata ({error}). {AGAIN}") from None
     tokens = gguf_vocabulary.num_tokens(header.metadata)
     if tokens is not None and tokens < config.vocab_size:
         config = replace(config, num_token_ids=tokens)
@@ -144,6 +151,26 @@ def _read_norm(header: Header, info: TensorInfo) -> Tensor:
     return weight if rest is None else weight + torch.tensor(rest)
 
 
+def _is_copy(header: Header, name: str, other: str) -> bool:
+    """Whether two tensors are the same, byte for byte."""
+    one, two = header.tensors.get(name), header.tensors.get(other)
+    if one is None or two is None or (one.type, one.shape) != (two.type, two.shape):
+        return False
+    # Up to the next tensor, or the end: their types need not be known for that.
+    starts = sorted({t.offset for t in header.tensors.values()} | {header.num_bytes})
+    ends = [next((s for s in starts if s > t.offset), t.offset) for t in (one, two)]
+    num_bytes = min(end - t.offset for end, t in zip(ends, (one, two)))
+    with header.path.open("rb") as file:
+        for at in range(0, num_bytes, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, num_bytes - at)
+            file.seek(one.offset + at)
+            part = file.read(size)
+            file.seek(two.offset + at)
+            if file.read(size) != part:
+                return False
+    return num_bytes > 0
+
+
 def _check_place(header: Header, info: TensorInfo) -> None:
     """UserError when the tensor lies outside the file, or its type is not known."""
     end = info.offset + _num_bytes(header.path, info)
@@ -212,7 +239,8 @@ def _numbers(header: Header, name: str) -> list[float]:
 
 
 def _general(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    words = {"general.type": "model", "general.name": config.name}
+    words: dict[str, Any] = {"general.type": "model", "general.name": config.name}
+    words |= {} if config.tie_embeddings else {_UNTIED: True}
     return words | {"general.file_type": _WRITTEN[dtype][1], "general.quantization_version": 2}
 
 

@@ -18,7 +18,7 @@ from gristmill.tokenizer import sentencepiece_proto as proto
 from gristmill.tokenizer.gguf_splits import KINDS, name_of, pre_tokenizer
 from gristmill.tokenizer.sidecar import read_sidecar
 from gristmill.util.errors import UserError
-from gristmill.util.gguf_header import Header, read_header
+from gristmill.util.gguf_header import AGAIN, Header, read_header
 from gristmill.util.paths import user_cache_dir
 
 if TYPE_CHECKING:
@@ -104,8 +104,13 @@ def describe(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 
 def _make(folder: Path, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write the files beside `folder` and move them there."""
-    name, content = _definition(path, metadata)
-    texts = _beside(metadata)
+    try:
+        name, content = _definition(path, metadata)
+        texts = _beside(metadata)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError) as error:  # metadata of another sort than expected
+        raise UserError(f"the tokenizer in {path} is damaged ({error!r}). {AGAIN}") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
     try:

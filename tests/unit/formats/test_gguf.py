@@ -1,3 +1,4 @@
+import random
 import struct
 import sys
 import weakref
@@ -182,6 +183,24 @@ def test_the_decoder_computes_the_same(tmp_path):
     assert model.training is False
 
 
+def test_a_head_that_is_a_copy_of_the_embedding_is_tied(tmp_path, monkeypatch):
+    config = small("gpt2", tie_embeddings=False)
+    weights = random_weights(config)
+    write(tmp_path / "apart.gguf", config, weights=weights)
+    assert not read_config(tmp_path / "apart.gguf").tie_embeddings
+    weights["head.weight"] = weights["embed.weight"]
+    write(tmp_path / "ours.gguf", config, weights=weights)
+    assert not read_config(tmp_path / "ours.gguf").tie_embeddings  # ours say what they mean
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "_UNTIED", "somebody.elses")
+        write(tmp_path / "copy.gguf", config, weights=weights)
+    assert read_config(tmp_path / "copy.gguf").tie_embeddings
+    ids = torch.arange(9)[None]
+    tied = load_model(tmp_path / "copy.gguf")
+    write(tmp_path / "tied.gguf", small("gpt2"), weights=dict(tied.state_dict()))
+    assert torch.equal(tied(ids), load_model(tmp_path / "tied.gguf")(ids))
+
+
 def test_rotary_scalings_come_back(tmp_path):
     for number, scaling in enumerate(
         (
@@ -265,6 +284,25 @@ def test_every_cut_of_the_head_is_a_user_error(written, tmp_path):
         with pytest.raises(UserError, match=rf"{length}\.gguf"):
             open_model_dir(cut)
         cut.unlink()
+
+
+def test_bytes_that_changed_are_a_user_error(written, tmp_path):
+    """Whatever a bit of the head becomes: a model, or words about the file."""
+    head = min(t.offset for t in read_header(written).tensors.values())
+    data = written.read_bytes()
+    rng = random.Random(0)
+    told = 0
+    for number in range(150):
+        changed = bytearray(data)
+        changed[rng.randrange(24, head)] = rng.choice([0, 1, 255, rng.randrange(256)])
+        path = tmp_path / f"{number}.gguf"
+        path.write_bytes(changed)
+        try:
+            open_model_dir(path).tensors()
+        except UserError:
+            told += 1
+        path.unlink()
+    assert told > 20
 
 
 def replace_bytes(path, old, new):

@@ -21,7 +21,7 @@ Metadata = Mapping[str, Any]
 Values = Callable[[str], list[float]]
 
 ARCHITECTURE = "general.architecture"
-EMBEDDING = "token_embd.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 PROGRAM = "llama-cli"
 ROPE_FACTORS = "rope_freqs.weight"
 # Of no meaning to llama.cpp: the weight of the load-balancing loss, for training on, and a sliding
@@ -312,7 +312,7 @@ def _switches(row: Architecture, metadata: Metadata, shapes: Shapes) -> dict[str
         return any(name in shapes for name in names)
 
     out: dict[str, Any] = {
-        "tie_embeddings": not has("output.weight"),
+        "tie_embeddings": not has(HEAD),
         "head_bias": has("output.bias"),
         "norm_bias": row.fixed.get("norm") != "layernorm" or has("output_norm.bias"),
         "qkv_bias": has("blk.0.attn_q.bias", "blk.0.attn_qkv.bias"),
