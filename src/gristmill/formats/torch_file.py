@@ -36,8 +36,8 @@ def write_torch_file(
 ) -> None:
     """Write a table of tensors and fsync it, holding one tensor at a time.
 
-    dtypes: name -> the dtype to store. `get(name)` gives the tensor of that name, of any dtype on any device. same: names of tensors
-    that are another one, which is stored once.
+    dtypes: name -> the dtype to store. `get(name)` gives the tensor of that name, of any dtype on
+    any device. same: names of tensors that are another one, which is stored once.
     """
     same = same or {}
     keys = {name: str(number) for number, name in enumerate(n for n in shapes if n not in same)}

@@ -140,3 +140,12 @@ def test_the_page_about_families_shows_the_files_as_they_are():
     assert len(shown) == 4
     for block in shown:
         assert any(block in text for text in files), block
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "deepseek_v3"])
+def test_quantised_weights_are_refused_with_what_to_do(name):
+    family = zoo.FAMILIES[name]
+    raw = family.to_hf_config(next(iter(family.models.values())).config)
+    raw["quantization_config"] = {"quant_method": "gptq"}
+    with pytest.raises(UserError, match=r"quantised \(quantization_config, gptq\).* bf16|16-bit"):
+        family.from_hf_config(raw)

@@ -16,6 +16,12 @@ from gristmill.models.zoo.words import STANDARD, Json, require, without
 from gristmill.util.errors import UserError
 
 _EXPERT = "model.layers.{i}.mlp.experts.{e}."
+GET_UNQUANTIZED = (
+    "Convert them to bf16: python inference/fp8_cast_bf16.py --input-fp8-hf-path SRC "
+    "--output-bf16-hf-path DST from https://github.com/deepseek-ai/DeepSeek-V3, and copy "
+    "config.json there without quantization_config."
+)
+
 WEIGHTS = (
     Weight("model.embed_tokens.weight", ("embed.weight",)),
     *layer_weights(
@@ -84,15 +90,7 @@ def attention_scale(latent: LatentAttention, scaling: RopeScaling | None) -> flo
 
 
 def parse_latent(raw: Json) -> Json:
-    """`latent_attention` and the scale of its scores; UserError for files in 8 bits."""
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            f"The weights are quantised (quantization_config, {method}), which is not supported. "
-            "Convert them to bf16: python inference/fp8_cast_bf16.py --input-fp8-hf-path SRC "
-            "--output-bf16-hf-path DST from https://github.com/deepseek-ai/DeepSeek-V3, and copy "
-            "config.json there without quantization_config."
-        )
+    """`latent_attention` and the scale of its scores."""
     heads, kv_heads = require(raw, "num_attention_heads"), raw.get("num_key_value_heads")
     if kv_heads not in (None, heads):
         raise UserError(
@@ -243,6 +241,7 @@ FAMILY = Family(
     name="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     model_type="deepseek_v2",
+    get_unquantized=GET_UNQUANTIZED,
     weights=WEIGHTS,
     words=WORDS,
     constants={**CONSTANTS, "scoring_func": "softmax", "norm_topk_prob": False},

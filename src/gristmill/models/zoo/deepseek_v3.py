@@ -12,6 +12,7 @@ from typing import Any
 from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.models.zoo.deepseek_v2 import (
     CONSTANTS,
+    GET_UNQUANTIZED,
     WEIGHTS,
     WORDS,
     experts_words,
@@ -95,6 +96,7 @@ FAMILY = Family(
     name="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     model_type="deepseek_v3",
+    get_unquantized=GET_UNQUANTIZED,
     weights=(*WEIGHTS, _BIAS),
     words=WORDS,
     constants={

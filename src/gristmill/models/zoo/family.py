@@ -61,6 +61,8 @@ class Family:
     """The part of such files' `config.json` that describes it."""
     renames: tuple[tuple[str, str], ...] = ()
     """Patterns in the names of tensors and what takes their place, for files that vary."""
+    get_unquantized: str = "Get its repository of 16-bit weights."
+    """What to do about weights in fewer bits than are supported."""
     dropped: tuple[str, ...] = ()
     """Patterns of tensors in files that are no weights of this model."""
 
@@ -71,7 +73,7 @@ class Family:
         back from these words must be the same model.
         """
         words = self._write(config)
-        lost = _differences(config, self._parse(words))
+        lost = differences(config, self._parse(words))
         if lost:
             raise UserError(
                 f"{self.architecture} cannot express {', '.join(lost)}. "
@@ -86,6 +88,12 @@ class Family:
         """Our configuration of a `config.json`; UserError names a value that is not supported."""
         extra = raw.get("gristmill") or {}
         inner = raw if self.unwrap is None else self.unwrap(raw)
+        if quantized := raw.get("quantization_config") or inner.get("quantization_config"):
+            raise UserError(
+                "The weights are quantised (quantization_config, "
+                f"{quantized.get('quant_method', 'unknown')}), which is not supported. "
+                f"{self.get_unquantized}"
+            )
         return replace(
             self._parse(inner),
             name=extra.get("name") or "custom",
@@ -98,7 +106,7 @@ class Family:
     def expresses(self, config: ModelConfig) -> bool:
         """Whether `to_hf_config` has words for all of a model."""
         try:
-            return not _differences(config, self._parse(self._write(config)))
+            return not differences(config, self._parse(self._write(config)))
         except UserError:
             return False
 
@@ -141,7 +149,7 @@ class Family:
         return self.fixed.get("positions") != "learned"
 
 
-def _differences(config: ModelConfig, other: ModelConfig) -> list[str]:
+def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
     """`field=value` of `config` for every field that matters and differs in `other`."""
     out = []
     for field_ in fields(ModelConfig):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gristmill.config.model import MixtureOfExperts, ModelConfig, RopeScaling
-from gristmill.models.zoo.family import _differences
+from gristmill.models.zoo.family import differences
 from gristmill.models.zoo.weights import Shapes, Weight
 from gristmill.util.errors import UserError
 
@@ -252,7 +252,7 @@ def _lost(
     if config.sliding_window is not None and config.sliding_window < config.max_seq_length:
         demands |= {} if row.windows else {"sliding_window": None}
     refused = [f"{k}={getattr(config, k)}" for k, v in demands.items() if getattr(config, k) != v]
-    return list(dict.fromkeys([*refused, *_differences(config, back)]))
+    return list(dict.fromkeys([*refused, *differences(config, back)]))
 
 
 def _need(row: Architecture, metadata: Metadata, name: str, default: Any = None) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig, RopeScaling
-from gristmill.models.zoo.family import _differences
+from gristmill.models.zoo.family import differences
 from gristmill.models.zoo.words import Json, Word, shortest
 from gristmill.util.errors import UserError
 
@@ -313,7 +313,7 @@ def words(config: ModelConfig, *, repository: str | None = None) -> Json:
     }
     out |= _attention_words(config) | _rope_words(config) | _feed_forward_words(config)
     try:
-        lost = _differences(config, parse(out))
+        lost = differences(config, parse(out))
     except UserError as error:
         raise UserError(f"LitGPT cannot express the model: {error}") from None
     # Whether embedding and head are one is for the reader of the weights to see.
