@@ -26,7 +26,7 @@ from gristmill.models.zoo import gguf as table
 from gristmill.tokenizer import gguf_vocabulary
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
-from gristmill.util.gguf_header import AGAIN, Header, TensorInfo, find_gguf, read_header
+from gristmill.util.gguf_header import AGAIN, Header, TensorInfo, find_gguf, read_header, shortest
 
 # The format's numbers of types that torch has too, and of the 8-bit one.
 _F32, _F16, _Q8_0, _BF16 = 0, 1, 8, 30
@@ -75,7 +75,7 @@ def find(place: Path) -> ModelDir | None:
         kind="gguf",
         open_tensors=partial(_open_tensors, header, config),
         weights=row.table(shapes),
-        is_dropped=table.ROPE_FACTORS.__eq__,
+        is_dropped=table.ROPE_TABLES.__contains__,
     )
 
 
@@ -234,8 +234,7 @@ def _numbers(header: Header, name: str) -> list[float]:
     """The values of a small tensor."""
     info = header.tensors[name]
     _check_place(header, info)
-    values: list[float] = _read(header, info).float().tolist()
-    return values
+    return [shortest(value) for value in _read(header, info).float().tolist()]
 
 
 def _general(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -269,9 +268,9 @@ def _add_metadata(writer: Any, words: Mapping[str, Any]) -> None:
 def _write_tensors(library: ModuleType, writer: Any, theirs: TheirTensors, dtype: str) -> None:
     """The tensors' places, then their values, one at a time."""
     config = theirs.config
-    factors = np.array(table.rope_factors(config), np.float32)
-    if factors.size:
-        writer.add_tensor_info(table.ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
+    factors = {k: np.array(v, np.float32) for k, v in table.rope_factors(config).items()}
+    for name, values in factors.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for name in theirs:
         if _is_offset(config, name):
             weight = theirs[name].detach().cpu().float()
@@ -284,8 +283,8 @@ def _write_tensors(library: ModuleType, writer: Any, theirs: TheirTensors, dtype
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors.size:
-        writer.write_tensor_data(factors)
+    for values in factors.values():
+        writer.write_tensor_data(values)
     for name in theirs:
         tensor = theirs[name].detach().cpu()
         if _is_offset(config, name):

@@ -167,7 +167,7 @@ class _Reader:
         if kind not in _SCALARS:
             raise IndexError(f"a value has the unknown type {kind}")
         (value,) = self._take(_SCALARS[kind])
-        return _shortest(value) if _SCALARS[kind] == "f" else value
+        return shortest(value) if _SCALARS[kind] == "f" else value
 
     def _tensor(self) -> TensorInfo:
         name = self._string()
@@ -178,7 +178,7 @@ class _Reader:
         return TensorInfo(name, tuple(reversed(dims)), kind, offset)
 
 
-def _shortest(value: float) -> float:
+def shortest(value: float) -> float:
     """The shortest decimal number that is this one in 32 bits: 1e-05, not 9.999999747378752e-06."""
     for digits in range(6, 9):
         short = float(f"{value:.{digits}g}")

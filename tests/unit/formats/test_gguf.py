@@ -201,17 +201,25 @@ def test_a_head_that_is_a_copy_of_the_embedding_is_tied(tmp_path, monkeypatch):
     assert torch.equal(tied(ids), load_model(tmp_path / "tied.gguf")(ids))
 
 
-def test_rotary_scalings_come_back(tmp_path):
-    for number, scaling in enumerate(
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [
+        ("Llama-2-7b-hf", RopeScaling(factor=8.0, original_max_seq_length=32)),
+        ("Llama-2-7b-hf", RopeScaling(kind="linear", factor=4.0)),
+        ("Llama-2-7b-hf", RopeScaling(kind="yarn", factor=4.0, original_max_seq_length=16)),
+        ("phi-4", {"short_factors": (1.0, 1.1) * 4, "long_factors": (1.5, 20.25) * 4}),
         (
-            RopeScaling(kind="llama3", factor=8.0, original_max_seq_length=32),
-            RopeScaling(kind="linear", factor=4.0),
-            RopeScaling(kind="yarn", factor=4.0, original_max_seq_length=16),
-        )
-    ):
-        config = small("Llama-2-7b-hf", rope_scaling=scaling)
-        write(tmp_path / f"{number}.gguf", config)
-        assert read_config(tmp_path / f"{number}.gguf").rope_scaling == scaling
+            "phi-4",
+            {"short_factors": (1.0,) * 8, "long_factors": (2.0,) * 8, "attention_factor": 1.25},
+        ),
+    ],
+)
+def test_rotary_scalings_come_back(tmp_path, name, scaling):
+    if isinstance(scaling, dict):
+        scaling = RopeScaling(kind="longrope", factor=4.0, original_max_seq_length=16, **scaling)
+    write(tmp_path / "m.gguf", small(name, rope_scaling=scaling))
+    assert read_config(tmp_path / "m.gguf").rope_scaling == scaling
+    assert load_model(tmp_path)
 
 
 def test_a_window_as_long_as_the_context_does_no_harm(tmp_path):

@@ -118,6 +118,18 @@ def test_the_same_numbers_of_scaled_rotation(tmp_path, scaling, stories):
     agree(tmp_path / "m.gguf", config, random_weights(config), EXACT, stories)
 
 
+def test_long_rope(tmp_path, stories):
+    scaling = RopeScaling(
+        kind="longrope",
+        factor=16.0,
+        original_max_seq_length=4,
+        long_factors=(1.0, 1.3, 2.5, 4.0, 6.0, 7.0, 8.5, 9.0),
+        short_factors=(1.0, 1.1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6),
+    )
+    config = small("phi-4", vocab_size=512, rope_scaling=scaling)
+    agree(tmp_path / "m.gguf", config, random_weights(config), EXACT, stories)
+
+
 def test_sliding_windows(tmp_path, stories):
     for name in ("Gemma-2-2b", "Gemma-3-4b-it"):
         config = small(name, vocab_size=512, sliding_window=4)

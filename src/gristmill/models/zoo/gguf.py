@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gristmill.config.model import MixtureOfExperts, ModelConfig, RopeScaling
@@ -24,6 +24,8 @@ ARCHITECTURE = "general.architecture"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 PROGRAM = "llama-cli"
 ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+ROPE_TABLES = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 # Of no meaning to llama.cpp: the weight of the load-balancing loss, for training on, and a sliding
 # window that is as long as the context.
 _BALANCE = "gristmill.balance_loss"
@@ -100,6 +102,8 @@ class Architecture:
     second_norm: bool = False
     """Where attention and feed-forward have a normalisation each, that of attention is the second
     in the file."""
+    long_rope: bool = False
+    """LongRoPE (arXiv:2402.13753) is one of its rotary scalings."""
     clip: bool = False
     """Queries, keys and values may be cut to a range."""
     demands: Mapping[str, Any] = field(default_factory=dict)
@@ -190,7 +194,9 @@ def describe(row: Architecture, config: ModelConfig) -> dict[str, Any]:
     if config.logit_softcap is not None:
         words["final_logit_softcapping"] = float(config.logit_softcap)
     scaling = config.rope_scaling
-    if scaling is not None and scaling.kind in ("llama3", "yarn"):
+    if scaling is not None and scaling.kind == "longrope":
+        words["rope.scaling.attn_factor"] = scaling.attention_factor or _growth(scaling)
+    if scaling is not None and scaling.kind in ("llama3", "yarn", "longrope"):
         words["rope.scaling.original_context_length"] = scaling.original_max_seq_length
     if scaling is not None and scaling.kind in ("linear", "yarn"):
         words["rope.scaling.type"] = scaling.kind
@@ -225,12 +231,16 @@ def row_for(
     )
 
 
-def rope_factors(config: ModelConfig) -> list[float]:
-    """Divisors of the rotary frequencies under Llama 3's scaling (arXiv:2407.21783), else none."""
+def rope_factors(config: ModelConfig) -> dict[str, list[float]]:
+    """Tensors with divisors of the rotary frequencies, that some scalings have: name -> values."""
     scaling = config.rope_scaling
-    if scaling is None or scaling.kind != "llama3":
-        return []
-    return _factors(round(config.head_size * config.rope_fraction), config.rope_theta, scaling)
+    if scaling is not None and scaling.kind == "llama3":  # arXiv:2407.21783
+        size = round(config.head_size * config.rope_fraction)
+        return {ROPE_FACTORS: _factors(size, config.rope_theta, scaling)}
+    if scaling is not None and scaling.kind == "longrope":  # arXiv:2402.13753
+        long, short = scaling.long_factors or (), scaling.short_factors or ()
+        return {LONG_FACTORS: list(long), SHORT_FACTORS: list(short)}
+    return {}
 
 
 def _lost(
@@ -241,8 +251,7 @@ def _lost(
         tensors = shapes(row)
     except KeyError as error:
         return [f"the parameter {error.args[0]}"]
-    factors = rope_factors(config)
-    values = {ROPE_FACTORS: factors} if factors else {}
+    values = rope_factors(config)
     tensors = dict(tensors) | {name: (len(numbers),) for name, numbers in values.items()}
     try:
         back = parse(row, describe(row, config), tensors, values.__getitem__)
@@ -342,7 +351,9 @@ def _rope(
         original = metadata.get(row.key("rope.scaling.original_context_length"), 8192)
         scaled = _scaling_of(values(ROPE_FACTORS), rotated, theta, original)
         return rope | {"rope_scaling": scaled}
-    if "rope_factors_long.weight" in shapes or kind not in ("none", "linear", "yarn"):
+    if LONG_FACTORS in shapes and SHORT_FACTORS in shapes and row.long_rope:
+        return rope | {"rope_scaling": _long_rope(row, metadata, values, out["max_seq_length"])}
+    if LONG_FACTORS in shapes or kind not in ("none", "linear", "yarn"):
         raise UserError(
             f"the rotary scaling ({kind}) is not supported from GGUF. "
             "Use the model's Hugging Face directory."
@@ -356,6 +367,28 @@ def _rope(
     original = _need(row, metadata, "rope.scaling.original_context_length")
     scaling = RopeScaling(kind=kind, factor=factor, original_max_seq_length=original)
     return rope | {"rope_scaling": scaling}
+
+
+def _long_rope(row: Architecture, metadata: Metadata, values: Values, context: int) -> RopeScaling:
+    original = _need(row, metadata, "rope.scaling.original_context_length")
+    scaling = RopeScaling(
+        kind="longrope",
+        factor=context / original,
+        original_max_seq_length=original,
+        long_factors=tuple(values(LONG_FACTORS)),
+        short_factors=tuple(values(SHORT_FACTORS)),
+    )
+    attention = _need(row, metadata, "rope.scaling.attn_factor", 1.0)
+    if math.isclose(attention, _growth(scaling), rel_tol=1e-6):
+        return scaling
+    return replace(scaling, attention_factor=attention)
+
+
+def _growth(scaling: RopeScaling) -> float:
+    """What LongRoPE multiplies cosine and sine with where nothing else is said."""
+    if scaling.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_seq_length))
 
 
 def _scaling_of(numbers: list[float], size: int, theta: float, original: int) -> RopeScaling | None:
@@ -508,6 +541,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             classes=("Phi3ForCausalLM",),
             weights=_GATE_UP,
             fused_qkv=True,
+            long_rope=True,
             demands=BARE,
         ),
         Architecture(
