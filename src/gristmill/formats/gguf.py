@@ -41,6 +41,7 @@ _REST = "gristmill.rest."
 # That a head is a parameter of its own, even if it has the values of the embedding just now.
 _UNTIED = "gristmill.untied"
 _COMPARED_BYTES = 1 << 20
+_OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "weights")
 _INSTALL = "Install it: pip install 'gristmill[gguf]'"
 
 
@@ -49,8 +50,8 @@ def find(place: Path) -> ModelDir | None:
 
     Raises UserError, naming the file, for one that is damaged or of an unknown architecture.
     """
-    if place.is_dir() and (place / "config.json").exists():
-        return None
+    if (place / "config.json").is_file() and any(any(place.glob(name)) for name in _OTHER_WEIGHTS):
+        return None  # a directory of another kind, with a copy in this format
     path = find_gguf(place)
     if path is None:
         return None

@@ -381,6 +381,15 @@ def test_scales_without_a_field(written):
         table.parse(row, metadata, shapes, dict.__getitem__)
 
 
+def test_other_files_beside_it(written):
+    (written.parent / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    assert open_model_dir(written.parent).kind == "gguf"  # as repositories of GGUF files are
+    (written.parent / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"config\.json"):
+        open_model_dir(written.parent)
+    assert open_model_dir(written).kind == "gguf"
+
+
 def test_several_files(written):
     written.with_name("n.gguf").write_bytes(b"")
     with pytest.raises(UserError, match=r"2 GGUF files \(m\.gguf, n\.gguf\). Name one"):
