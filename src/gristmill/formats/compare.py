@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gristmill.config.model import ModelConfig
 from gristmill.models import zoo
-from gristmill.util.errors import RunError
+from gristmill.util.errors import RunError, UserError
 
 BLOCK = 32
 """Numbers that share a scale in q8_0."""
@@ -44,8 +44,12 @@ def compare_weights(
 def compare_config(source: ModelConfig, written: ModelConfig) -> None:
     """Raise RunError unless both configurations mean the same model.
 
-    Names and special ids may differ; numbers may be rounded to 32 bits, which GGUF has.
+    Names and special ids may differ, and the weight of the loss that balances experts, for which
+    most formats have no word; numbers may be rounded to 32 bits, which GGUF has.
     """
+    moe = written.moe
+    if moe is not None and source.moe is not None:
+        moe = replace(moe, balance_loss=source.moe.balance_loss)
     alike = replace(
         written,
         name=source.name,
@@ -53,15 +57,25 @@ def compare_config(source: ModelConfig, written: ModelConfig) -> None:
         num_token_ids=source.num_token_ids,
         bos_token_id=source.bos_token_id,
         eos_token_id=source.eos_token_id,
+        moe=moe,
     )
     if alike == source:
         return
-    family = zoo.family(source.family)
-    theirs, ours = family.to_hf_config(alike), family.to_hf_config(source)
+    ours, theirs = _words(source), _words(alike)
+    if ours is None or theirs is None:  # no architecture has words for one of them
+        ours, theirs = asdict(source), asdict(alike)
     wrong = [key for key in ours if not _alike(ours[key], theirs.get(key))]
     if wrong:
         key = wrong[0]
         raise _wrong(f"{key} was {ours[key]} and reads {theirs.get(key)}")
+
+
+def _words(config: ModelConfig) -> dict[str, Any] | None:
+    """The words of its family, in which what has no consequence is the same."""
+    try:
+        return zoo.family(config.family).to_hf_config(config)
+    except UserError:
+        return None
 
 
 def _alike(a: Any, b: Any) -> bool:

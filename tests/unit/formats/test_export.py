@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.config.commands import Convert, Export, TokenizerTrain
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.data.tokenizer_command import main as train_tokenizer
 from gristmill.formats import compare
 from gristmill.formats import export as command
@@ -355,6 +355,13 @@ def test_comparison_of_configurations():
     compare.compare_config(CONFIG, replace(CONFIG, name="other", num_token_ids=None))
     compare.compare_config(CONFIG, replace(CONFIG, norm_eps=float(torch.tensor(1e-5))))
     compare.compare_config(CONFIG, replace(CONFIG, head_dim=8))
+    experts = MixtureOfExperts(num_experts=4, intermediate_size=8, balance_loss=0.01)
+    mixture = replace(CONFIG, family="mixtral", moe=experts)
+    compare.compare_config(mixture, replace(mixture, moe=replace(experts, balance_loss=0.0)))
+    for field, other in (("num_experts_per_token", 1), ("scale", 2.0)):
+        changed = replace(mixture, moe=replace(experts, **{field: other}))
+        with pytest.raises(RunError, match=field):
+            compare.compare_config(mixture, changed)
     with pytest.raises(RunError, match="rope_theta was"):
         compare.compare_config(CONFIG, replace(CONFIG, rope_theta=5e5))
     with pytest.raises(RunError, match="rms_norm_eps was"):
