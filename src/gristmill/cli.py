@@ -93,7 +93,7 @@ COMMANDS = {
     ),
     "pretrain": Command(
         "gristmill.config.commands:Pretrain",
-        "gristmill.train.fit:pretrain",
+        "gristmill.launch.start:pretrain",
         "train a model, from scratch or continued, resumable",
         ("model_name",),
         "gristmill.models.zoo:names",

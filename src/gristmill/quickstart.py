@@ -36,7 +36,16 @@ def quickstart(cfg: Quickstart) -> None:
     _run("prepare", "textfiles", "--input_dir", text, *pattern, *split, *where)
     train = ["pretrain", "gristmill-nano", "--data", "LitData", "--data.data_path", data]
     train += ["--out_dir", run, "--train.global_batch_size", "8", "--train.lr_warmup_steps", "30"]
-    train += ["--train.min_lr", "0", "--optimizer.lr", "0.004", "--eval.interval", "250"]
+    train += [
+        "--devices",
+        "1",
+        "--train.min_lr",
+        "0",
+        "--optimizer.lr",
+        "0.004",
+        "--eval.interval",
+        "250",
+    ]
     _run(*train, "--train.max_tokens", "3_000_000")
     for prompt in PROMPTS:
         _run("generate", run, "--prompt", prompt, "--max_new_tokens", "120")

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from gristmill.checkpoint import store
+from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.state import allocate_optimizer_state, model_state
 from gristmill.checkpoint.torch_dcp import plain_errors, quiet_single_process
 from gristmill.util.errors import RunError, UserError
@@ -20,27 +21,33 @@ from gristmill.util.errors import RunError, UserError
 NUM_NAMES_SHOWN = 3
 
 
-def newest_good(out_dir: str | Path) -> Path | None:
+def newest_good(out_dir: str | Path, ranks: Ranks = ALONE) -> Path | None:
     """The newest intact checkpoint of a run, or None where there is no checkpoint at all.
 
-    Every byte is read and compared; each damaged checkpoint passed over is said in one line.
-    Raises RunError, naming them, when all are damaged.
+    Every byte is read and compared, by each rank its share; all get the same answer. Each damaged
+    checkpoint passed over is said in one line. Raises RunError, naming them, when all are damaged.
     """
     damage: list[str] = []
-    for path in store.complete(out_dir):
-        try:
-            store.verify(path)
-        except RunError as error:
-            what = str(error).split(". ")[0]
-            damage.append(what)
+    for path in ranks.main_says(store.complete(out_dir)):
+        what = next((found for found in ranks.gather(_damage(path, ranks)) if found), None)
+        if what is None:
+            return path
+        damage.append(what)
+        if ranks.is_main:
             store.say(f"{path.name} is not used: {what}.")
-            continue
-        return path
     if damage:
         raise RunError(
             f"every checkpoint in {out_dir} is damaged: {'; '.join(damage)}. "
             "Restore one from a copy, or start anew with --overwrite true."
         )
+    return None
+
+
+def _damage(path: Path, ranks: Ranks) -> str | None:
+    try:
+        store.verify(path, ranks.rank, ranks.world)
+    except RunError as error:
+        return str(error).split(". ")[0]
     return None
 
 
@@ -50,12 +57,14 @@ def load(
     optimizer: torch.optim.Optimizer | None = None,
     *,
     verified: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Put a checkpoint into `model` (and `optimizer`), in place; returns its record.
 
-    The state may have been saved by any number of processes. Learning rates and other
-    hyperparameters are left as they are. `verified` skips the digests, after `newest_good`.
-    Raises RunError for a damaged checkpoint, UserError for one of another model or optimizer.
+    The state may have been saved by any number of processes; all `ranks` load together. Learning
+    rates and other hyperparameters are left as they are. `verified` skips the digests, after
+    `newest_good`. Raises RunError for a damaged checkpoint, UserError for one of another model or
+    optimizer.
     """
     path = Path(path)
     record = store.read_record(path)
@@ -65,17 +74,18 @@ def load(
     _check_model(path, model_state(model), _saved_tensors(path / "weights"))
     if optimizer is not None:
         _check_optimizer(path, record, model, optimizer)
-    _read(path / "weights", model_state(model))
+    _read(path / "weights", model_state(model), ranks)
     if optimizer is not None:
         saved = _saved_tensors(path / "optimizer")
-        _read(path / "optimizer", allocate_optimizer_state(model, optimizer, saved))
+        _read(path / "optimizer", allocate_optimizer_state(model, optimizer, saved), ranks)
     return record
 
 
-def _read(directory: Path, state: dict[str, Tensor]) -> None:
+def _read(directory: Path, state: dict[str, Tensor], ranks: Ranks) -> None:
     if state:
+        reader = HuggingFaceStorageReader(str(directory))
         with plain_errors():
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(directory)))
+            dcp.load(state, storage_reader=reader, process_group=ranks.group)
 
 
 def _saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.checkpoint import store
+from gristmill.checkpoint.ranks import ALONE, Ranks, reason
 from gristmill.checkpoint.staging import Staging
 from gristmill.checkpoint.state import model_state, optimizer_state
 from gristmill.checkpoint.store import FileDigest
@@ -29,12 +29,15 @@ TOKENIZER_FILES = (*sidecar.FILES, "generation_config.json")
 # Kept free on the disk beyond the checkpoint itself, so that metrics can still be written.
 SPARE_BYTES = 16 << 20
 
+Parts = dict[str, dict[str, Tensor]]
+"""Tables of tensors, of the weights and of the optimizer."""
+
 
 class Checkpointer:
     """Writes `out_dir/step-*` in a thread of its own and removes those no longer wanted.
 
     A save that fails prints one line, sets `failed` and leaves older checkpoints alone; the next
-    one tries again.
+    one tries again. Of several `ranks` each writes its part; it fails on all when it fails on one.
 
     keep_last: newest checkpoints that stay, at least 2. keep_every: those whose step is a multiple
     stay as well. Later steps than the one saved are left alone (`store.discard_after` drops them).
@@ -48,6 +51,7 @@ class Checkpointer:
         keep_every: int | None = None,
         config: ModelConfig,
         tokenizer_dir: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         if keep_last < 2:
             raise UserError(
@@ -65,6 +69,7 @@ class Checkpointer:
         self._keep_every = keep_every
         self._config = config
         self._tokenizer_dir = tokenizer_dir
+        self._ranks = ranks
         self._staging = {"weights": Staging(), "optimizer": Staging()}
         self._thread: threading.Thread | None = None
         quiet_single_process()
@@ -92,7 +97,7 @@ class Checkpointer:
         self._thread = threading.Thread(
             target=self._run,
             name=f"checkpoint-{step}",
-            args=(step, lambda target: self._write(target, state, staged, record)),
+            args=(step, state, staged, record),
         )
         self._thread.start()
 
@@ -102,67 +107,74 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
-    def _run(self, step: int, write: Callable[[Path], None]) -> None:
-        path = store.step_path(self._out_dir, step)
-        target = path
+    def _run(self, step: int, state: Parts, staged: Parts, record: dict[str, Any]) -> None:
+        path = target = store.step_path(self._out_dir, step)
         try:
-            self._out_dir.mkdir(parents=True, exist_ok=True)
-            if (path / store.RECORD_NAME).exists():
-                target = store.replacement_path(path)
-            if target.exists():
-                store.remove(target)
-            write(target)
-            if target != path:
-                store.promote(target)
+            num_bytes = sum(self._ranks.gather(_num_bytes(staged)))
+            target = self._ranks.main_does(lambda: self._make_room(path, num_bytes))
+            self._write(target, state, staged, record)
         except Exception as error:  # whatever it was, training is worth more than this checkpoint
             self.failed = True
-            if not (target / store.RECORD_NAME).exists():  # a complete one is never thrown away
-                shutil.rmtree(target, ignore_errors=True)
-            store.say(
-                f"{path.name} was not saved: {_reason(error)}. Training goes on with the earlier "
-                f"checkpoints in {self._out_dir}; the next save tries again."
-            )
+            if self._ranks.is_main:
+                if not (target / store.RECORD_NAME).exists():  # a complete one is never thrown away
+                    shutil.rmtree(target, ignore_errors=True)
+                store.say(
+                    f"{path.name} was not saved: {reason(error)}. Training goes on with the "
+                    f"earlier checkpoints in {self._out_dir}; the next save tries again."
+                )
             return
-        try:
-            self._retire(step)
-        except OSError as error:
-            store.say(f"an old checkpoint could not be removed: {_reason(error)}.")
+        if self._ranks.is_main:
+            try:
+                self._retire(step)
+            except OSError as error:
+                store.say(f"an old checkpoint could not be removed: {reason(error)}.")
 
-    def _write(
-        self,
-        target: Path,
-        state: dict[str, dict[str, Tensor]],
-        staged: dict[str, dict[str, Tensor]],
-        record: dict[str, Any],
-    ) -> None:
-        self._check_space(staged)
+    def _make_room(self, path: Path, num_bytes: int) -> Path:
+        """The empty directory to write to; OSError before filling a disk that others use too."""
+        self._out_dir.mkdir(parents=True, exist_ok=True)
+        target = path
+        if (path / store.RECORD_NAME).exists():
+            target = store.replacement_path(path)
+        if target.exists():
+            store.remove(target)
+        needed, free = SPARE_BYTES + num_bytes, shutil.disk_usage(self._out_dir).free
+        if free < needed:
+            raise OSError(f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
         target.mkdir()
-        files: dict[str, FileDigest] = {}
+        return target
+
+    def _write(self, target: Path, state: Parts, staged: Parts, record: dict[str, Any]) -> None:
+        mine: dict[str, FileDigest] = {}
         for kind in state:
             if state[kind]:
-                digests = write_tensors(target / kind, state[kind], staged[kind])
-                files |= {f"{kind}/{name}": digest for name, digest in digests.items()}
+                digests = write_tensors(target / kind, state[kind], staged[kind], self._ranks)
+                mine |= {f"{kind}/{name}": digest for name, digest in digests.items()}
+        # The digests are of memory; this is the comparison with what the disk gives back.
+        parts = self._ranks.together(lambda: _checked(target, mine))
+        files = {name: digest for part in parts for name, digest in part.items()}
+        self._ranks.main_does(lambda: self._conclude(target, files, record))
+
+    def _conclude(self, target: Path, files: dict[str, FileDigest], record: dict[str, Any]) -> None:
+        """Add what is common to all parts, and last the record."""
+        for name in files:
+            if not (target / name).is_file():
+                raise OSError(
+                    f"{name}, which another rank wrote, is not seen from rank 0: the run's "
+                    "directory must be on a disk that all machines share"
+                )
         config = json.dumps({"gristmill": 1, **asdict(self._config)}, indent=2)
-        files["config.json"] = _write_small(target / "config.json", config.encode())
+        small = {"config.json": _write_small(target / "config.json", config.encode())}
         if self._tokenizer_dir is not None:
             (target / "tokenizer").mkdir()
             for name in TOKENIZER_FILES:
                 source = self._tokenizer_dir / name
                 if source.is_file():
                     copy = target / "tokenizer" / name
-                    files[f"tokenizer/{name}"] = _write_small(copy, source.read_bytes())
+                    small[f"tokenizer/{name}"] = _write_small(copy, source.read_bytes())
             store.sync_dir(target / "tokenizer")
-        # The digests are of memory; this is the comparison with what the disk gives back.
-        for name, digest in files.items():
-            store.check_file(target / name, digest)
-        store.write_record(target, record, files)
-
-    def _check_space(self, staged: dict[str, dict[str, Tensor]]) -> None:
-        """Fail before filling a disk that others write to as well."""
-        needed = SPARE_BYTES + sum(t.nbytes for part in staged.values() for t in part.values())
-        free = shutil.disk_usage(self._out_dir).free
-        if free < needed:
-            raise OSError(f"it needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free")
+        store.write_record(target, record, files | _checked(target, small))
+        if target.name.endswith(store.REPLACEMENT_SUFFIX):
+            store.promote(target)
 
     def _retire(self, step: int) -> None:
         past = [p for p in store.complete(self._out_dir) if store.step_of(p) <= step]
@@ -179,6 +191,11 @@ def _write_small(file: Path, content: bytes) -> FileDigest:
     return store.digest_file(file)
 
 
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.rstrip(".")
+def _checked(target: Path, files: dict[str, FileDigest]) -> dict[str, FileDigest]:
+    for name, digest in files.items():
+        store.check_file(target / name, digest)
+    return files
+
+
+def _num_bytes(staged: Parts) -> int:
+    return sum(t.nbytes for part in staged.values() for t in part.values())

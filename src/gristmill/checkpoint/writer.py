@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.store import FileDigest, sync_dir
 from gristmill.checkpoint.torch_dcp import plain_errors
 
@@ -47,18 +48,26 @@ _DTYPE_NAMES = {
 
 
 def write_tensors(
-    directory: Path, state: Mapping[str, Tensor], staged: Mapping[str, Tensor]
+    directory: Path,
+    state: Mapping[str, Tensor],
+    staged: Mapping[str, Tensor],
+    ranks: Ranks = ALONE,
 ) -> dict[str, FileDigest]:
     """Write and fsync this process's part of `state` as safetensors; digests by file name.
 
     state: names, shapes and shards (live tensors; their values are not read).
     staged: the local values by name, on the CPU, contiguous.
     """
-    directory.mkdir(parents=True, exist_ok=True)  # another process may have been first
+    ranks.together(lambda: directory.mkdir(parents=True, exist_ok=True))
     writer = _StreamingWriter(directory)
     with plain_errors():
-        save(dict(state), storage_writer=writer, planner=_StagedPlanner(staged))
-    sync_dir(directory)
+        save(
+            dict(state),
+            storage_writer=writer,
+            planner=_StagedPlanner(staged),
+            process_group=ranks.group,
+        )
+    ranks.together(lambda: sync_dir(directory))
     return writer.digests
 
 

@@ -16,36 +16,50 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gristmill.launch.worker import FAILED, RENDEZVOUS
-from gristmill.util.errors import Interrupted, RunError, UserError
+from gristmill.launch.worker import LAUNCHER, RENDEZVOUS, read_report
+from gristmill.util.errors import Interrupted, RunError
 
 POLL_S = 0.1
+LEAVE_S = 120.0
+"""How long the others may take to leave after a signal, once one has."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAST_LINES = 15
-"""Of a worker that failed and does not write to the terminal."""
+"""Of a worker that died without a word and does not write to the terminal."""
+FINAL = ("user", "run", "interrupted")
+"""Endings that another attempt would only repeat, the most telling first."""
 
 
-def run_workers(command: Sequence[str], count: int, *, max_restarts: int) -> None:
+def run_workers(command: Callable[[int], Sequence[str]], count: int, *, max_restarts: int) -> None:
     """Run `count` copies of a command to their end, as ranks 0 to count - 1 of one world.
 
-    Where one is killed or fails for no reason of the user's, all are ended and started again, at
-    most `max_restarts` times. Raises what a single process would: UserError for a mistake,
-    RunError for a failure, Interrupted after a signal that the workers have obeyed.
+    `command` gives it for an attempt, counted from 0. Where one is killed or fails for no reason of
+    the user's, all are ended and started again, at most `max_restarts` times. Raises what a single
+    process would: UserError for a mistake, RunError for a failure, Interrupted after a signal that
+    the workers have obeyed.
     """
     for attempt in range(max_restarts + 1):
         with tempfile.TemporaryDirectory(prefix="gristmill-") as meeting:
-            workers = Workers(command, count, Path(meeting))
-            codes = workers.wait()
-            failure = _judge(codes, workers)
-            if failure is None:
-                return
+            workers = Workers(command(attempt), count, Path(meeting))
+            failure = workers.wait()
+        if failure is None:
+            return
         if not failure.again or attempt == max_restarts:
             raise failure.error
         _say(f"{failure.what}; starting again ({attempt + 1} of {max_restarts})")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How an attempt ended, in words, as an error, and whether another one may do better."""
+
+    what: str
+    error: Exception
+    again: bool = False
 
 
 class Workers:
@@ -53,15 +67,11 @@ class Workers:
 
     def __init__(self, command: Sequence[str], count: int, meeting: Path) -> None:
         self.signal: int | None = None
+        self.meeting = meeting
         self.logs = [meeting / f"rank-{rank}.log" for rank in range(count)]
-        self.first_to_fail: int | None = None
         self.processes: list[subprocess.Popen[bytes]] = []
-        environment = dict(os.environ)
-        # Ranks share the cores; more threads than cores wait for each other.
-        threads = max(1, len(os.sched_getaffinity(0)) // count)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        environment |= {"WORLD_SIZE": str(count), RENDEZVOUS: str(meeting / "store")}
+        self.ended_here: set[int] = set()
+        environment = _environment(count) | {RENDEZVOUS: str(meeting / "store")}
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             with self.logs[rank].open("wb") as log:
@@ -72,40 +82,75 @@ class Workers:
                         stdin=subprocess.DEVNULL,
                         stdout=None if rank == 0 else log,
                         stderr=None if rank == 0 else log,
+                        # Ctrl-C reaches them from here alone: twice would mean to leave at once.
+                        start_new_session=True,
                     )
                 )
 
-    def wait(self) -> list[int]:
-        """Exit codes, once all have ended; when one fails the others are ended."""
+    def wait(self) -> Failure | None:
+        """What went wrong, once all have ended; when one fails the others are ended."""
         with self._forwarding():
             while True:
                 codes = [process.poll() for process in self.processes]
                 if all(code is not None for code in codes):
                     break
-                failed = [rank for rank, code in enumerate(codes) if code]
-                if failed and self.first_to_fail is None:
-                    self.first_to_fail = failed[0]
+                if any(codes):
                     self._end()
                 time.sleep(POLL_S)
-        return [process.wait() for process in self.processes]
-
-    def tail(self, rank: int) -> str:
-        """The last lines that a worker wrote to its file."""
-        lines = self.logs[rank].read_text(errors="replace").strip().splitlines()
-        return "\n".join(lines[-LAST_LINES:])
+        return self._judge([process.wait() for process in self.processes])
 
     def _end(self) -> None:
         """End those that are left: without a peer they would wait for it until a time-out.
 
-        After a signal all are on their way out, and get a moment for it.
+        After a signal all are on their way out, and get time for it.
         """
         if self.signal is not None:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + LEAVE_S
             while time.monotonic() < deadline and any(p.poll() is None for p in self.processes):
                 time.sleep(POLL_S)
-        for process in self.processes:
+        for rank, process in enumerate(self.processes):
             if process.poll() is None:
+                self.ended_here.add(rank)
                 process.kill()
+
+    def _judge(self, codes: Sequence[int]) -> Failure | None:
+        """What became of the workers; None where all ended well."""
+        if not any(codes):
+            return None
+        own = [rank for rank, code in enumerate(codes) if code and rank not in self.ended_here]
+        reports = {rank: read_report(self.meeting, rank) for rank in own}
+        world = len(codes)
+        for kind in FINAL:
+            for rank, said in reports.items():
+                if said is not None and said.kind == kind:
+                    return Failure(said.message, said.error(rank, world))
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            return Failure(name, Interrupted(self.signal, f"{name}: stopped"))
+        for rank in own:
+            if codes[rank] < 0:
+                how = f"was killed by {signal.Signals(-codes[rank]).name}"
+                return self._died(rank, how, hint=codes[rank] == -signal.SIGKILL)
+        for rank, said in reports.items():
+            if said is not None:
+                error = said.error(rank, world)
+                what = said.message if said.kind == "stalled" else f"worker {rank}: {said.message}"
+                return Failure(what, error, again=True)
+        return self._died(own[0], f"ended with code {codes[own[0]]}")
+
+    def _died(self, rank: int, how: str, hint: bool = False) -> Failure:
+        """A worker that left no word."""
+        what = f"worker {rank} of {len(self.processes)} {how}"
+        if hint:
+            what += " (by somebody, or by the system for want of memory)"
+        written = "" if rank == 0 else self._tail(rank)
+        message = f"{what}. The same command goes on from the newest checkpoint.{written}"
+        return Failure(what + written, RunError(message), again=True)
+
+    def _tail(self, rank: int) -> str:
+        """The last lines that a worker wrote to its file."""
+        lines = self.logs[rank].read_text(errors="replace").strip().splitlines()
+        return "".join(f"\n  {line}" for line in lines[-LAST_LINES:])
 
     @contextlib.contextmanager
     def _forwarding(self) -> Iterator[None]:
@@ -130,37 +175,29 @@ class Workers:
             for process in self.processes:
                 if process.poll() is None:
                     process.kill()
+                    process.wait()
 
 
-class _Failure:
-    """How an attempt ended, in words, as an error, and whether another one may do better."""
-
-    def __init__(self, what: str, error: Exception, again: bool = False) -> None:
-        self.what, self.error, self.again = what, error, again
-
-
-def _judge(codes: Sequence[int], workers: Workers) -> _Failure | None:
-    """What became of the workers; None where all ended well."""
-    if not any(codes):
-        return None
-    if workers.signal is not None and not any(code == FAILED for code in codes):
-        name = signal.Signals(workers.signal).name
-        return _Failure(name, Interrupted(workers.signal, f"{name}: all workers have ended"))
-    rank = workers.first_to_fail if workers.first_to_fail is not None else 0
-    rank = next((r for r, code in enumerate(codes) if code in (1, 2)), rank)
-    code, where = codes[rank], f"worker {rank} of {len(codes)}"
-    written = "" if rank == 0 else f"\n{workers.tail(rank)}"
-    if code == 2:
-        return _Failure(where, UserError(f"{where} found a mistake (see above).{written}"))
-    if code == 1:
-        return _Failure(where, RunError(f"{where} ended with an error (see above).{written}"))
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
-    what = f"{where} {how}{written}"
-    return _Failure(
-        what,
-        RunError(f"{what}\nThe same command goes on from the newest checkpoint."),
-        again=True,
+def _environment(count: int) -> dict[str, str]:
+    """What all workers of a machine are told."""
+    environment = dict(os.environ)
+    # Ranks share the cores; more threads than cores wait for each other.
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // count)))
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # A module of the user's own is found where this process finds it.
+    environment["PYTHONPATH"] = os.pathsep.join(
+        dict.fromkeys(path or os.getcwd() for path in sys.path)
     )
+    environment["WORLD_SIZE"] = environment["LOCAL_WORLD_SIZE"] = str(count)
+    environment[LAUNCHER] = str(os.getpid())
+    return environment
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _say(line: str) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gristmill.config.commands import Pretrain
 from gristmill.config.parse import to_yaml
 from gristmill.launch.local import run_workers
-from gristmill.launch.worker import die_with_parent, is_worker
-from gristmill.launch.world import join, outer_world
-from gristmill.util.errors import UserError
+from gristmill.launch.worker import is_worker, run_as_worker
+from gristmill.launch.world import World, join, outer_world
+from gristmill.util.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from gristmill.train.settle import Job
+
+OTHERS_WAIT_S = 3.0
+"""Before a rank repeats a mistake that the first rank has made too, and that ends them all."""
 
 
 def pretrain(cfg: Pretrain) -> None:
@@ -21,17 +32,12 @@ def pretrain(cfg: Pretrain) -> None:
     A process that `torchrun`, `srun` or `mpirun` started joins its world. Otherwise one device is
     trained on in this process, and several in workers, which read the same settings from a file.
     """
-    from gristmill.train.fit import pretrain as train
-    from gristmill.train.settle import settle
-
     if is_worker():
-        die_with_parent()
-        train(cfg)
+        run_as_worker(lambda: _train(cfg, quiet=True))
         return
     world = outer_world()
     if world is not None:
-        join(world)
-        train(cfg)
+        _train_in(world, cfg)
         return
     if cfg.num_nodes > 1:
         raise UserError(
@@ -41,16 +47,81 @@ def pretrain(cfg: Pretrain) -> None:
         )
     count = num_devices(cfg)
     if count == 1:
-        train(cfg)
+        _train(cfg)
         return
-    # Text is prepared, and every mistake in the settings found, once and before any worker runs.
+    _train_here(cfg, count)
+
+
+def _train(cfg: Pretrain, *, quiet: bool = False) -> None:
+    """The work of one rank; `quiet`: what is said of settings and data has been said."""
+    from gristmill.train.fit import fit
+    from gristmill.train.settle import settle
+
+    with contextlib.redirect_stdout(None) if quiet else contextlib.nullcontext():
+        job = settle(cfg)
+    fit(job)
+
+
+def _train_here(cfg: Pretrain, count: int) -> None:
+    """Train in `count` workers of this machine.
+
+    Text is prepared, and every mistake in the settings found, once and before any worker runs.
+    """
+    from gristmill.train.settle import settle
+
     job = settle(cfg)
-    resolved = dataclasses.replace(cfg, out_dir=str(job.out_dir))
+    before = _written(job)
     with tempfile.TemporaryDirectory(prefix="gristmill-") as folder:
-        file = Path(folder) / "run.yaml"
-        file.write_text(to_yaml(resolved), encoding="utf-8")
-        command = [sys.executable, "-m", "gristmill", "pretrain", "--config", str(file)]
+
+        def command(attempt: int) -> Sequence[str]:
+            settings = dataclasses.replace(job.cfg, out_dir=str(job.out_dir))
+            if _written(job) != before:
+                settings = _going_on(settings)
+            file = Path(folder) / f"run-{attempt}.yaml"
+            file.write_text(to_yaml(settings), encoding="utf-8")
+            return [sys.executable, "-P", "-m", "gristmill", "pretrain", "--config", str(file)]
+
         run_workers(command, count, max_restarts=cfg.max_restarts)
+
+
+def _train_in(world: World, cfg: Pretrain) -> None:
+    """Train as one rank of a world that somebody else has started, and perhaps starts again."""
+    join(world)
+    if world.attempt:
+        cfg = _going_on(cfg)
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
+    try:
+        _train(cfg)
+    except UserError as error:
+        if world.rank == 0:
+            raise
+        time.sleep(OTHERS_WAIT_S)
+        raise UserError(f"rank {world.rank}: {error}", error.fix) from None
+    except (RuntimeError, OSError) as error:
+        if isinstance(error, RunError) and world.rank == 0:
+            raise
+        raise RunError(
+            f"rank {world.rank} of {world.size} failed ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _going_on(cfg: Pretrain) -> Pretrain:
+    """The settings of an attempt after the first: what that has begun is neither deleted nor
+    refused."""
+    resume = "auto" if cfg.resume is False else cfg.resume
+    return dataclasses.replace(cfg, overwrite=False, resume=resume)
+
+
+def _written(job: Job) -> tuple[int, int] | None:
+    """Tells whether the run's record has been written since."""
+    from gristmill.train.directory import RUN_FILE
+
+    try:
+        found = (job.out_dir / RUN_FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def num_devices(cfg: Pretrain) -> int:
@@ -59,9 +130,12 @@ def num_devices(cfg: Pretrain) -> int:
 
     from gristmill.models.device import choose_device
 
-    if choose_device(cfg.device).type != "cuda":
+    if cfg.devices != "auto" and cfg.devices < 1:
+        raise UserError(f"--devices {cfg.devices}: give 1 or more.", {"--devices": 1})
+    kind = choose_device(cfg.device).type
+    if kind == "cpu":
         return 1 if cfg.devices == "auto" else cfg.devices
-    there = torch.cuda.device_count()
+    there = torch.cuda.device_count() if kind == "cuda" else 1
     if cfg.devices == "auto":
         return there
     if cfg.devices > there:

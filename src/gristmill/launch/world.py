@@ -15,6 +15,7 @@ LAUNCHERS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+ATTEMPTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
 """Where the ranks of a SLURM job meet: a port that follows from the job's number."""
 
@@ -27,6 +28,8 @@ class World:
     rank: int
     size: int
     local_rank: int
+    attempt: int = 0
+    """How often it has started this rank before."""
 
 
 def outer_world(environment: Mapping[str, str] | None = None) -> World | None:
@@ -40,7 +43,8 @@ def outer_world(environment: Mapping[str, str] | None = None) -> World | None:
         rank, size, local = (environment.get(name) for name in names)
         if rank is None or size is None:
             continue
-        world = World(launcher, int(rank), int(size), int(local or 0))
+        attempt = next((environment[name] for name in ATTEMPTS if environment.get(name)), "0")
+        world = World(launcher, int(rank), int(size), int(local or 0), int(attempt))
         if world.size > 1 or launcher == "torchrun":
             return world
     return None
