@@ -75,15 +75,29 @@ class EvalArgs:
 
 
 @dataclass(kw_only=True)
+class Parallel:
+    """How devices share the work; the four numbers multiply to the number of all devices."""
+
+    shard: int | Auto = "auto"
+    """Parts that weights, gradients and moments are cut into; auto: all devices that are left."""
+    replicate: int = 1
+    """Copies of the sharded model that only average gradients, such as one for each machine."""
+    tensor: int = 1
+    """Devices that share every matrix product, best within a machine."""
+    context: int = 1
+    """Devices that share the positions of every sequence, for long ones."""
+
+
+@dataclass(kw_only=True)
 class LogArgs:
-    """Names for trackers that group runs."""
+    """Names for trackers that group runs; refused where no chosen tracker has a use for them."""
 
     project: str | None = None
-    """Project, for trackers that have them."""
+    """Project (wandb, trackio) or experiment (mlflow); unset: gristmill."""
     run: str | None = None
-    """Run name; unset: the run directory's name."""
+    """Run name (wandb, mlflow, trackio); unset: the run directory's name."""
     group: str | None = None
-    """Group of runs, for trackers that have them."""
+    """Group of runs (wandb, trackio)."""
 
 
 class Optimizer:
@@ -105,3 +119,28 @@ class AdamW(Optimizer):
     """Decay rates of the two moments."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+
+
+@dataclass(kw_only=True)
+class Muon(Optimizer):
+    """Muon (arXiv:2502.16982) for the matrices of the blocks, each expert's apart; AdamW for the
+    embeddings, head, router, norms and biases."""
+
+    lr: float = 1e-3
+    """Peak learning rate; with match_rms_adamw one that suits AdamW."""
+    adamw_lr: float | None = None
+    """Peak learning rate of the AdamW part; unset: lr."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices, in both parts."""
+    momentum: float = 0.95
+    """Decay rate of Muon's momentum."""
+    nesterov: bool = True
+    """Look ahead along the momentum."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations that make an update orthogonal."""
+    adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Length of updates: as AdamW's, 0.2 sqrt(max(out, in)), or sqrt(max(1, out / in))."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    eps: float = 1e-8
+    """Added to the root of AdamW's second moment."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from gristmill.config import sections
+from gristmill.optim.muon import Muon
 from gristmill.util.errors import UserError
 
 # Where torch has AdamW in one pass over memory; on two CPU cores three to five times as fast.
@@ -27,28 +29,70 @@ def build_optimizer(
         for group in built.param_groups:
             group.setdefault("peak_lr", group["lr"])
         return built
-    if not isinstance(cfg, sections.AdamW):
-        kind = type(cfg)
-        raise UserError(
-            f"the optimizer {kind.__module__}:{kind.__qualname__} is not known. "
-            "Known: AdamW. Set --optimizer AdamW, or give your class a method build(model)."
-        )
-    return torch.optim.AdamW(
-        parameter_groups(model, lr=cfg.lr, weight_decay=cfg.weight_decay),
-        lr=cfg.lr,
-        betas=cfg.betas,
-        eps=cfg.eps,
-        fused=device.type in FUSED_DEVICES,
+    if isinstance(cfg, sections.AdamW):
+        groups = parameter_groups(model, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        return _adamw(groups, cfg, device)
+    if isinstance(cfg, sections.Muon):
+        return _muon(model, cfg, device)
+    kind = type(cfg)
+    raise UserError(
+        f"the optimizer {kind.__module__}:{kind.__qualname__} is not known. "
+        "Known: AdamW, Muon. Set --optimizer AdamW, or give your class a method build(model)."
     )
 
 
-def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+def _adamw(
+    groups: list[dict[str, Any]], cfg: sections.AdamW | sections.Muon, device: torch.device
+) -> torch.optim.AdamW:
+    fused = device.type in FUSED_DEVICES
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+
+
+def _muon(model: nn.Module, cfg: sections.Muon, device: torch.device) -> torch.optim.Optimizer:
+    """Muon for the matrices of the blocks; AdamW for embeddings, head, router, norms and biases."""
+    matrices = block_matrices(model)
+    if not matrices:
+        raise UserError("--optimizer Muon: the model has no matrices to train. Use AdamW.")
+    group = {"params": matrices, "weight_decay": cfg.weight_decay, "lr": cfg.lr, "peak_lr": cfg.lr}
+    lr = cfg.lr if cfg.adamw_lr is None else cfg.adamw_lr
+    taken = {id(p) for p in matrices}
+    others = parameter_groups(model, lr=lr, weight_decay=cfg.weight_decay, without=taken)
+    return Muon(
+        [group],
+        _adamw(others, cfg, device),
+        lr=cfg.lr,
+        momentum=cfg.momentum,
+        nesterov=cfg.nesterov,
+        ns_steps=cfg.ns_steps,
+        adjust_lr=cfg.adjust_lr,
+    )
+
+
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Trained matrices [out, in] and stacks of experts [E, out, in] of the blocks.
+
+    Not the router: its rows are one vector an expert and not a map from one space to another.
+    """
+    return [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith("layers.")
+        and p.requires_grad
+        and p.ndim >= 2
+        and not name.endswith(".router.weight")
+    ]
+
+
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, without: Collection[int] = ()
+) -> list[dict[str, Any]]:
     """Trained parameters in two groups: matrices decay; norms, biases and embeddings do not.
 
-    An output head that is the embedding is an embedding.
+    An output head that is the embedding is an embedding. Parameters whose id is in `without` are
+    somebody else's.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and id(p) not in without]
     decay = [p for p in trained if p.ndim >= 2 and id(p) not in embeddings]
     no_decay = [p for p in trained if p.ndim < 2 or id(p) in embeddings]
     grouped = [id(p) for p in decay + no_decay]

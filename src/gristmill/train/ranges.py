@@ -19,6 +19,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.weight_decay": (0.0, math.inf),
     "optimizer.eps": (0.0, math.inf),
     "optimizer.betas": (0.0, 1.0 - 1e-12),
+    "optimizer.adamw_lr": (1e-12, math.inf),
+    "optimizer.momentum": (0.0, 1.0 - 1e-12),
+    "optimizer.ns_steps": (1, 99),
     "model_config.num_layers": (1, math.inf),
     "seed": (-(2**63), 2**64 - 1),
 }
