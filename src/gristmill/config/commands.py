@@ -7,10 +7,51 @@ from typing import Any, Literal
 
 from gristmill.config.data import DataModule
 from gristmill.config.model import ModelConfig
-from gristmill.config.sections import AdamW, Auto, EvalArgs, LogArgs, Optimizer, TrainArgs
+from gristmill.config.sections import (
+    AdamW,
+    Auto,
+    EvalArgs,
+    LogArgs,
+    Optimizer,
+    Parallel,
+    TrainArgs,
+)
 
 Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
-LoggerName = Literal["none", "csv", "tensorboard", "wandb"]
+
+
+@dataclass(kw_only=True)
+class RayWorkers:
+    """Where and how `--launcher ray` trains."""
+
+    address: str = "auto"
+    """`auto`: the cluster this machine is part of; `local`: one of its own; or HOST:PORT."""
+    num_cpus: float | Auto = "auto"
+    """CPUs that one worker takes; auto: those of a machine, shared by its workers."""
+    min_nodes: int | None = None
+    """Go on with as few machines as this when others leave; unset: always with num_nodes."""
+
+
+@dataclass(kw_only=True)
+class SlurmJob:
+    """The batch job that `--launcher slurm` writes and submits."""
+
+    partition: str | None = None
+    """Partition; unset: the cluster's default."""
+    account: str | None = None
+    """Account that is charged; unset: your default."""
+    time: str | None = None
+    """Time limit of a job, as 24:00:00; shortly before it the run saves and is queued again."""
+    lead_s: int = 300
+    """Seconds before the time limit at which the run is told to save."""
+    cpus_per_task: int | Auto = "auto"
+    """CPUs of each process; auto: as the cluster gives them."""
+    extra: list[str] | str = field(default_factory=list)
+    """More options of sbatch: a list of them, or one text such as "--mem=0 --qos=long"."""
+    prepare: Literal["before", "job"] = "before"
+    """Prepare raw text on this machine before the job is submitted, or in it, on all machines."""
+    submit: bool = True
+    """Submit the script; false: only write it."""
 
 
 @dataclass(kw_only=True)
@@ -41,6 +82,14 @@ class Pretrain:
     """Number of devices."""
     num_nodes: int = 1
     """Number of machines."""
+    launcher: Literal["auto", "local", "slurm", "ray"] = "auto"
+    """auto: processes of this machine, or the world that torchrun, srun or mpirun started; slurm:
+    a batch job; ray: a Ray cluster."""
+    ray: RayWorkers = field(default_factory=RayWorkers)
+    """Settings of the Ray launcher."""
+    slurm: SlurmJob = field(default_factory=SlurmJob)
+    """Settings of the SLURM launcher."""
+    parallel: Parallel = field(default_factory=Parallel)
     max_restarts: int = 3
     """How often workers that died are started again from the newest checkpoint."""
     compile: Literal["auto", "off"] = "auto"
@@ -56,8 +105,9 @@ class Pretrain:
     """Train a model that no Hugging Face architecture describes; it stays a checkpoint."""
     hook: str | None = None
     """Your function, as module:name, called after every step with (run, stats)."""
-    logger_name: LoggerName = "none"
-    """Tracker beside metrics.jsonl, which is always written."""
+    logger_name: str | list[str] = "none"
+    """Trackers beside metrics.jsonl, which is always written: csv, tensorboard, wandb, mlflow or
+    trackio, several as csv,wandb; none: no other."""
     seed: int = 42
     """Seed of initialisation and randomness in training."""
 

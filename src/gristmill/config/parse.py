@@ -54,7 +54,7 @@ NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")
 CODE_SETTINGS = ("hook",)
 """Settings that name code to run; refused in a configuration that comes from a URL."""
 
-SECTIONS = ("data", "optimizer", "model_config", "train", "eval", "log")
+SECTIONS = ("data", "optimizer", "model_config", "train", "eval", "log", "parallel", "ray", "slurm")
 """Settings that hold settings."""
 
 

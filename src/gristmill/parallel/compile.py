@@ -27,7 +27,7 @@ def missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None:
     """Compile every block in place; parameter names stay as they are.
 
     Blocks share their code, so the first one is compiled and the others reuse it. The head and its
@@ -35,7 +35,8 @@ def compile_blocks(model: nn.Module) -> None:
     """
     options = None
     weight = next(model.parameters())
-    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+    device = weight.device if device is None else device
+    if device.type == "cpu" and weight.dtype == torch.bfloat16:
         # Without this, two biases that meet in a parallel residual are a C++ compile error when
         # their gradients are bf16 (torch 2.13).
         options = {"cpp.max_horizontal_fusion_size": 1}

@@ -6,17 +6,28 @@ import torch
 from torch import nn
 
 from gristmill.parallel.compile import compile_blocks, missing_for_compile
+from gristmill.parallel.mesh import Mesh
+from gristmill.parallel.shard import shard
 
 
-def parallelize(model: nn.Module, device: torch.device, *, compile: str) -> str:
-    """Make `model` ready for this device, in place; returns a word on what was done.
+def parallelize(
+    model: nn.Module, mesh: Mesh, device: torch.device, *, compile: str = "auto"
+) -> str:
+    """Make a decoder ready for these processes and this device, in place; says what was done.
 
+    The model may be on the meta device: weights are filled in afterwards (see `weights.py`).
     Order matters: later items see what earlier ones made.
     """
-    if compile == "off":
+    how = _compile(model, device, compile)
+    shard(model, mesh)
+    return how
+
+
+def _compile(model: nn.Module, device: torch.device, wanted: str) -> str:
+    if wanted == "off":
         return "eager"
     missing = missing_for_compile(device)
     if missing is not None:
         return f"eager ({missing})"
-    compile_blocks(model)
+    compile_blocks(model, device)
     return "compiled blocks"
