@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from gristmill.config.model import ModelConfig, RopeScaling
-from gristmill.models.zoo.rope_words import parse_rope, plain_rope, rope_words
+from gristmill.models import zoo
+from gristmill.models.zoo.rope_words import parse_rope, rope_words
 from gristmill.util.errors import UserError
 
 FACTORS = {"short_factors": (1.0, 1.5) * 4, "long_factors": (2.0, 3.5) * 4}
@@ -175,9 +176,21 @@ def test_what_is_not_supported_is_named(raw, message):
         parse_rope(raw)
 
 
-def test_architectures_that_rotate_whole_heads_refuse_the_rest():
-    assert plain_rope(raw_of(CONFIG)) == {}
-    with pytest.raises(UserError, match=r"partial_rotary_factor is 0.5. Supported: 1.0"):
-        plain_rope({"rope_parameters": {"partial_rotary_factor": 0.5}})
-    with pytest.raises(UserError, match="blocks with a sliding window is 10000.0"):
-        plain_rope({"rope_local_base_freq": 1e4})
+@pytest.mark.parametrize("family", [f for f in zoo.FAMILIES.values() if f.name != "gpt2"])
+def test_switches_of_rotation_that_an_architecture_lacks_are_refused(family):
+    config = next(iter(family.models.values())).config
+    words = family.to_hf_config(config)
+    fraction = {**words, "rope_parameters": {"partial_rotary_factor": 0.5}}
+    local = {**words, "rope_parameters": None, "rope_local_base_freq": 77.0}
+    if "rope_fraction" in family.rotary:
+        assert family.from_hf_config(fraction).rope_fraction == 0.5
+    else:
+        with pytest.raises(UserError, match=r"partial_rotary_factor is 0.5. Supported: 1.0"):
+            family.from_hf_config(fraction)
+    if "rope_local_theta" in family.rotary:
+        changed = replace(config, rope_local_theta=77.0)
+        again = family.from_hf_config(family.to_hf_config(changed))
+        assert again.rope_local_theta == 77.0
+    else:
+        with pytest.raises(UserError, match="blocks with a sliding window is 77.0"):
+            family.from_hf_config(local)

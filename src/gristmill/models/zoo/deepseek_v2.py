@@ -6,13 +6,22 @@ Rotated values lie in pairs in the files, and in halves in our parameters.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig, RopeScaling
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.rope_words import parse_rope, plain_rope
+from gristmill.models.zoo.rope_words import parse_rope
 from gristmill.models.zoo.sizes import Fields, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
-from gristmill.models.zoo.words import STANDARD, Json, require, without
+from gristmill.models.zoo.words import (
+    STANDARD,
+    Json,
+    Word,
+    read_words,
+    require,
+    without,
+    write_words,
+)
 from gristmill.util.errors import UserError
 
 _EXPERT = "model.layers.{i}.mlp.experts.{e}."
@@ -60,20 +69,22 @@ WORDS = without(STANDARD, "num_kv_heads", "head_dim")
 
 CONSTANTS = {"attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1}
 
-WIDTHS = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+LATENT = (
+    *(Word(w, w) for w in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+    Word("q_lora_rank", "q_lora_rank", None),
+)
+"""Words of the fields of `LatentAttention`."""
 
-EXPERTS = {
-    "n_routed_experts": "num_experts",
-    "num_experts_per_tok": "num_experts_per_token",
-    "moe_intermediate_size": "intermediate_size",
-    "n_shared_experts": "num_shared_experts",
-    "routed_scaling_factor": "scale",
-    "norm_topk_prob": "normalize",
-    "aux_loss_alpha": "balance_loss",
-}
-"""Words -> fields of `MixtureOfExperts`."""
-OPTIONAL = {"routed_scaling_factor": 1.0, "aux_loss_alpha": 0.0}
-"""Words that a file may lack, and what they are then."""
+EXPERTS = (
+    Word("n_routed_experts", "num_experts"),
+    Word("num_experts_per_tok", "num_experts_per_token"),
+    Word("moe_intermediate_size", "intermediate_size"),
+    Word("n_shared_experts", "num_shared_experts"),
+    Word("routed_scaling_factor", "scale", 1.0),
+    Word("norm_topk_prob", "normalize"),
+    Word("aux_loss_alpha", "balance_loss", 0.0),
+)
+"""Words of the fields of `MixtureOfExperts`."""
 
 
 def attention_scale(latent: LatentAttention, scaling: RopeScaling | None) -> float | None:
@@ -97,22 +108,17 @@ def parse_latent(raw: Json) -> Json:
             f"num_key_value_heads is {kv_heads} with latent attention. Supported: {heads}, as many "
             "as num_attention_heads."
         )
-    latent = LatentAttention(
-        **{word: require(raw, word) for word in WIDTHS}, q_lora_rank=raw.get("q_lora_rank")
-    )
+    latent = LatentAttention(**read_words(LATENT, raw))
     scale = attention_scale(latent, parse_rope(raw)["rope_scaling"])
-    return {**plain_rope(raw), "latent_attention": latent, "attention_scale": scale}
+    return {"latent_attention": latent, "attention_scale": scale}
 
 
-def parse_experts(raw: Json, **fields: object) -> MixtureOfExperts | None:
+def parse_experts(raw: Json, **fields: Any) -> MixtureOfExperts | None:
     """`moe`, with what the architecture implies in `fields`; None where no block has experts."""
     dense = require(raw, "first_k_dense_replace")
     if dense >= require(raw, "num_hidden_layers"):
         return None
-    for word, ours in EXPERTS.items():
-        value = OPTIONAL.get(word) if raw.get(word) is None else raw[word]
-        fields[ours] = require(raw, word) if value is None else value
-    return MixtureOfExperts(num_dense_layers=dense, **fields)  # type: ignore[arg-type]
+    return MixtureOfExperts(num_dense_layers=dense, **read_words(EXPERTS, raw), **fields)
 
 
 def latent_words(config: ModelConfig) -> Json:
@@ -123,12 +129,7 @@ def latent_words(config: ModelConfig) -> Json:
             "The architecture has latent attention and the model has none. Set latent_attention, "
             "or choose another family."
         )
-    return {
-        "num_key_value_heads": config.num_heads,
-        "q_lora_rank": latent.q_lora_rank,
-        **{word: getattr(latent, word) for word in WIDTHS},
-        "attention_dropout": 0.0,
-    }
+    return {"num_key_value_heads": config.num_heads, **write_words(LATENT, latent)}
 
 
 def experts_words(config: ModelConfig) -> Json:
@@ -140,7 +141,7 @@ def experts_words(config: ModelConfig) -> Json:
         "first_k_dense_replace": moe.num_dense_layers,
         "n_group": moe.num_groups,
         "topk_group": moe.num_groups_per_token,
-        **{word: getattr(moe, ours) for word, ours in EXPERTS.items()},
+        **write_words(EXPERTS, moe),
     }
 
 
@@ -259,5 +260,4 @@ FAMILY = Family(
         size("DeepSeek-Coder-V2-Lite-Base", "deepseek-ai/", _LITE),
         size("DeepSeek-Coder-V2-Lite-Instruct", "deepseek-ai/", _LITE),
     ),
-    dropped=(r"\.rotary_emb\.inv_freq$",),
 )

@@ -118,5 +118,5 @@ FAMILY = Family(
         size("Moonlight-16B-A3B", "moonshotai/", _B16, eos_token_id=163585),
         size("Moonlight-16B-A3B-Instruct", "moonshotai/", _B16, eos_token_id=163586),
     ),
-    dropped=(r"\.rotary_emb\.inv_freq$", r"^model\.layers\.61\."),
+    dropped=(r"^model\.layers\.61\.",),
 )

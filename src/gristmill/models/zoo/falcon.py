@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.zoo.family import Family, Json
-from gristmill.models.zoo.rope_words import plain_rope
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
 from gristmill.models.zoo.words import ACTIVATIONS, Word
@@ -65,9 +64,7 @@ def _parse(raw: Json) -> Json:
     """Key-value heads, normalisations and the feed-forward's width."""
     heads, kv_heads = raw["num_attention_heads"], raw.get("num_kv_heads")
     norms = raw.get("num_ln_in_parallel_attn")
-    fields: Json = plain_rope(raw) | {
-        "intermediate_size": raw.get("ffn_hidden_size") or 4 * raw["hidden_size"]
-    }
+    fields: Json = {"intermediate_size": raw.get("ffn_hidden_size") or 4 * raw["hidden_size"]}
     if raw.get("new_decoder_architecture"):
         if norms not in (None, 1, 2):
             raise UserError(f"num_ln_in_parallel_attn is {norms}. Supported: 1, 2.")
@@ -95,11 +92,7 @@ def _parse(raw: Json) -> Json:
 
 def _words(config: ModelConfig) -> Json:
     """The first generation's words where they will do: every version of other tools knows them."""
-    words: Json = {
-        "ffn_hidden_size": config.intermediate_size,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-    }
+    words: Json = {"ffn_hidden_size": config.intermediate_size}
     one_norm = config.shared_norm or not config.parallel_residual
     if one_norm and config.kv_heads in (1, config.num_heads):
         return words | {

@@ -8,14 +8,17 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from gristmill.config.model import ModelConfig
-from gristmill.models.zoo.rope_words import parse_rope, rope_words
+from gristmill.models.zoo.rope_words import check_rope, parse_rope, rope_words
 from gristmill.models.zoo.sizes import Model
 from gristmill.models.zoo.weights import Weight
-from gristmill.models.zoo.words import Json, Word
+from gristmill.models.zoo.words import Json, Word, read_words, write_words
 from gristmill.util.errors import UserError
 
 # What a Hugging Face `config.json` does not say, or says with values of no consequence.
 UNSAID = ("name", "family", "num_token_ids", "bos_token_id", "eos_token_id")
+
+ROTARY_TABLES = r"\.rotary_emb\.inv_freq$"
+"""What old files hold beside the weights."""
 
 # Fields that are compared by what they come to.
 RESOLVED = {
@@ -51,6 +54,9 @@ class Family:
     """Keys of `config.json` of which one value is supported; it is written, another is refused."""
     theta_key: str = "rope_theta"
     """The key of the rotary base outside of `rope_parameters`."""
+    rotary: tuple[str, ...] = ()
+    """Which of `rope_fraction` and `rope_local_theta` the architecture has; a file that sets the
+    other is refused."""
     parse_more: Callable[[Json], Json] | None = None
     """Fields that take more than a word; wins over `words`."""
     more_words: Callable[[ModelConfig], Json] | None = None
@@ -64,7 +70,7 @@ class Family:
     get_unquantized: str = "Get its repository of 16-bit weights."
     """What to do about weights in fewer bits than are supported."""
     dropped: tuple[str, ...] = ()
-    """Patterns of tensors in files that are no weights of this model."""
+    """Patterns of tensors in files that are no weights of this model, besides rotary tables."""
 
     def to_hf_config(self, config: ModelConfig) -> Json:
         """The `config.json` of this model, in words that transformers 4 and 5 both read.
@@ -122,11 +128,10 @@ class Family:
 
     def is_dropped(self, theirs: str) -> bool:
         """Whether a tensor of a file carries no weight."""
-        return any(re.search(pattern, theirs) for pattern in self.dropped)
+        return any(re.search(pattern, theirs) for pattern in (ROTARY_TABLES, *self.dropped))
 
     def _write(self, config: ModelConfig) -> Json:
-        out = {word.theirs: word.write(config) for word in self.words}
-        out |= self.constants
+        out = {**write_words(self.words, config), **self.constants}
         if self._has_rope:
             out |= rope_words(config, self.theta_key)
         return out | (self.more_words(config) if self.more_words else {})
@@ -135,11 +140,11 @@ class Family:
         for key, value in self.constants.items():
             if raw.get(key) not in (None, value):
                 raise UserError(f"{key} is {raw[key]!r}. Supported: {value}.")
-        values: Json = {}
-        for word in self.words:
-            values |= word.read(raw)
+        values = read_words(self.words, raw)
         if self._has_rope:
-            values |= parse_rope(raw, self.theta_key)
+            rope = parse_rope(raw, self.theta_key)
+            check_rope(rope, self.rotary)
+            values |= rope
         values |= self.fixed
         values |= self.parse_more(raw) if self.parse_more else {}
         return ModelConfig(**values)

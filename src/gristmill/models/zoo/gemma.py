@@ -8,10 +8,9 @@ transformers runs these models and how they were trained.
 from __future__ import annotations
 
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.rope_words import plain_rope
 from gristmill.models.zoo.sizes import Fields, shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
-from gristmill.models.zoo.words import STANDARD, Json, Word, replaced, require
+from gristmill.models.zoo.words import ATTENTION_BIAS, STANDARD, Json, Word, replaced, require
 from gristmill.util.errors import UserError
 
 # Modules of a block that all three generations have.
@@ -35,8 +34,6 @@ def weights(**more: str) -> tuple[Weight, ...]:
         *layer_weights("", "", {"model.norm": "norm", "lm_head": "head"}),
     )
 
-
-ATTENTION_BIAS = Word("attention_bias", ("qkv_bias", "attention_out_bias"), False)
 
 WORDS = (
     *replaced(
@@ -95,7 +92,7 @@ FAMILY = Family(
     fixed=GEMMA,
     # What transformers 4 reads instead of hidden_act.
     constants={"hidden_activation": "gelu_pytorch_tanh"},
-    parse_more=lambda raw: plain_rope(raw) | implied(raw),
+    parse_more=implied,
     models=table(
         "gemma",
         size("Gemma-2b", "google/gemma-2b", B2),
@@ -104,5 +101,4 @@ FAMILY = Family(
         size("Gemma-7b-it", "google/gemma-7b-it", B7),
         size("CodeGemma-7b-it", "google/codegemma-7b-it", B7),
     ),
-    dropped=(r"\.rotary_emb\.inv_freq$",),
 )

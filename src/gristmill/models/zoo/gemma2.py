@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.gemma import ATTENTION_BIAS, GEMMA, body, implied, weights
-from gristmill.models.zoo.rope_words import plain_rope
+from gristmill.models.zoo.gemma import GEMMA, body, implied, weights
 from gristmill.models.zoo.sizes import Fields, size, table
 from gristmill.models.zoo.words import (
+    ATTENTION_BIAS,
     STANDARD,
     Json,
     Word,
@@ -38,36 +38,28 @@ WORDS = (
         Word("tie_word_embeddings", "tie_embeddings", True),
     ),
     ATTENTION_BIAS,
+    Word("attn_logit_softcapping", "attention_softcap", 50.0, nullable=True),
+    Word("final_logit_softcapping", "logit_softcap", 30.0, nullable=True),
+    Word("sliding_window", "sliding_window", 4096, nullable=True),
 )
 
 GEMMA2: Fields = {**GEMMA, "post_norm": True}
 
 
 def attention_words(config: ModelConfig) -> Json:
-    """Scale and cap of scores, cap of logits, sliding windows."""
+    """The scale of scores, and which blocks have the sliding window."""
     return {
         "query_pre_attn_scalar": round(config.score_scale**-2),
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-        "sliding_window": config.sliding_window,
         "layer_types": layer_types(config),
     }
 
 
-def parse_attention(
-    raw: Json, pattern: tuple[bool, ...], caps: tuple[float | None, float | None]
-) -> Json:
-    """The other direction. `pattern` and `caps` are the architecture's own.
-
-    A null in the file is no cap, and not the architecture's own.
-    """
+def parse_attention(raw: Json, pattern: tuple[bool, ...]) -> Json:
+    """The other direction; `pattern` is the architecture's own."""
     scalar = raw.get("query_pre_attn_scalar") or 256
     head_dim = raw.get("head_dim") or HEAD_DIM.default
     return {
         "attention_scale": None if scalar == head_dim else scalar**-0.5,
-        "attention_softcap": raw.get("attn_logit_softcapping", caps[0]),
-        "logit_softcap": raw.get("final_logit_softcapping", caps[1]),
-        "sliding_window": raw.get("sliding_window", 4096),
         "sliding_pattern": parse_layer_types(raw, pattern),
     }
 
@@ -96,9 +88,7 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     fixed=GEMMA2,
-    parse_more=lambda raw: (
-        plain_rope(raw) | implied(raw) | parse_attention(raw, PATTERN, (50.0, 30.0))
-    ),
+    parse_more=lambda raw: implied(raw) | parse_attention(raw, PATTERN),
     more_words=attention_words,
     models=table(
         "gemma2",
@@ -109,5 +99,4 @@ FAMILY = Family(
         size("Gemma-2-27b", "google/gemma-2-27b", B27),
         size("Gemma-2-27b-it", "google/gemma-2-27b-it", B27),
     ),
-    dropped=(r"\.rotary_emb\.inv_freq$",),
 )

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from gristmill.config.model import ModelConfig, RopeScaling
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.gemma import ATTENTION_BIAS, body, implied, weights
+from gristmill.models.zoo.gemma import body, implied, weights
 from gristmill.models.zoo.gemma2 import GEMMA2, HEAD_DIM, attention_words, parse_attention
 from gristmill.models.zoo.rope_words import parse_rope
 from gristmill.models.zoo.sizes import Fields, size, table
-from gristmill.models.zoo.words import Json, Word
-from gristmill.util.errors import UserError
+from gristmill.models.zoo.words import ATTENTION_BIAS, Json, Word
 
 WEIGHTS = weights(
     **{"self_attn.q_norm": "attn.q_norm", "self_attn.k_norm": "attn.k_norm"},
@@ -38,6 +37,8 @@ WORDS = (
         "hidden_activation", "activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh"}
     ),
     Word("rms_norm_eps", "norm_eps", 1e-6),
+    Word("final_logit_softcapping", "logit_softcap", None),
+    Word("sliding_window", "sliding_window", 4096, nullable=True),
     Word("tie_word_embeddings", "tie_embeddings", True),
     ATTENTION_BIAS,
 )
@@ -48,13 +49,11 @@ GEMMA3: Fields = {**GEMMA2, "qk_norm": "head"}
 def _parse_more(raw: Json) -> Json:
     period = raw.get("sliding_window_pattern") or 6
     pattern = (True,) * (period - 1) + (False,)
-    return implied(raw, WIDTH) | parse_attention(raw, pattern, (None, None)) | _parse_two_bases(raw)
+    return implied(raw, WIDTH) | parse_attention(raw, pattern) | _parse_two_bases(raw)
 
 
 def _parse_two_bases(raw: Json) -> Json:
     rope = parse_rope(raw)
-    if rope.get("rope_fraction", 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor is {rope['rope_fraction']}. Supported: 1.0.")
     theta = rope.get("rope_theta", THETA)
     # Of two equal sets of `rope_parameters` the local one is not told.
     by_type = "full_attention" in (raw.get("rope_parameters") or {})
@@ -96,6 +95,7 @@ FAMILY = Family(
     model_type="gemma3_text",
     weights=WEIGHTS,
     words=WORDS,
+    rotary=("rope_local_theta",),
     fixed=GEMMA3,
     # transformers has the word and does nothing with it.
     constants={"attn_logit_softcapping": None},
@@ -111,8 +111,5 @@ FAMILY = Family(
     also_reads=("Gemma3ForConditionalGeneration",),
     unwrap=_text_config,
     renames=((r"^language_model\.", ""), (r"^model\.language_model\.", "model.")),
-    dropped=(
-        r"^(model\.)?(vision_tower|multi_modal_projector)\.",
-        r"\.rotary_emb\.inv_freq$",
-    ),
+    dropped=(r"^(model\.)?(vision_tower|multi_modal_projector)\.",),
 )

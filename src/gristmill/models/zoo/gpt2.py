@@ -113,7 +113,7 @@ FAMILY = Family(
         size("gpt2-xl", "openai-community/", _block(48, 1600, 25)),
     ),
     # Tables of who may look at whom.
-    dropped=(r"\.attn\.bias$", r"\.attn\.masked_bias$"),
+    dropped=(r"\.attn\.(masked_)?bias$",),
     # The first files have names without the prefix.
     renames=((r"^(?=(wte|wpe|h|ln_f)\.)", "transformer."),),
 )

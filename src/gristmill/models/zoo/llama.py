@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from gristmill.config.model import RopeScaling
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.rope_words import plain_rope
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
-from gristmill.models.zoo.words import STANDARD, Word
+from gristmill.models.zoo.words import ATTENTION_BIAS, STANDARD, Word
 
 WEIGHTS = (
     Weight("model.embed_tokens.weight", ("embed.weight",)),
@@ -35,12 +34,9 @@ WEIGHTS = (
     Weight("lm_head.weight", ("head.weight",)),
 )
 
-DROPPED = (r"\.rotary_emb\.inv_freq$",)
-"""Rotary tables that old files hold beside the weights."""
-
 WORDS = (
     *STANDARD,
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
+    ATTENTION_BIAS,
     Word("mlp_bias", "mlp_bias", False),
 )
 
@@ -238,7 +234,5 @@ FAMILY = Family(
     model_type="llama",
     weights=WEIGHTS,
     words=WORDS,
-    parse_more=plain_rope,
     models=MODELS,
-    dropped=DROPPED,
 )

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.llama import DROPPED, WEIGHTS
-from gristmill.models.zoo.rope_words import plain_rope
+from gristmill.models.zoo.llama import WEIGHTS
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.words import STANDARD, Json, Word, parse_layer_types, replaced
 from gristmill.util.errors import UserError
@@ -17,7 +16,6 @@ WORDS = replaced(STANDARD, Word("max_position_embeddings", "max_seq_length", 131
 
 def parse_window(raw: Json) -> Json:
     """The sliding window of all blocks: 4096 where the key is missing, none where it is null."""
-    plain_rope(raw)
     window = raw.get("sliding_window", 4096)
     pattern = parse_layer_types(raw, (True,))
     if len(pattern) > 1:
@@ -87,5 +85,4 @@ FAMILY = Family(
     parse_more=parse_window,
     more_words=window_word,
     models=MODELS,
-    dropped=DROPPED,
 )

@@ -9,10 +9,9 @@ from __future__ import annotations
 from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.models.zoo import llama
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.rope_words import parse_rope, plain_rope
 from gristmill.models.zoo.sizes import Fields, shape, size, table
 from gristmill.models.zoo.weights import Weight
-from gristmill.models.zoo.words import STANDARD, Json, Word, replaced, require
+from gristmill.models.zoo.words import STANDARD, Json, Word, read_words, replaced, write_words
 from gristmill.util.errors import UserError
 
 _THEIRS, _OURS = "model.layers.{i}.block_sparse_moe.", "layers.{i}.mlp."
@@ -30,14 +29,16 @@ WORDS = replaced(
     Word("num_key_value_heads", "num_kv_heads", 8),
     Word("rms_norm_eps", "norm_eps", 1e-5),
     Word("sliding_window", "sliding_window", None),
+    Word("rope_theta", "rope_theta", 1e6),
 )
 
-EXPERTS = {
-    "num_local_experts": ("num_experts", 8),
-    "num_experts_per_tok": ("num_experts_per_token", 2),
-    "router_aux_loss_coef": ("balance_loss", 0.001),
-}
-"""Words -> fields of `MixtureOfExperts`, and what they are where a file lacks them."""
+EXPERTS = (
+    Word("num_local_experts", "num_experts", 8),
+    Word("num_experts_per_tok", "num_experts_per_token", 2),
+    Word("router_aux_loss_coef", "balance_loss", 0.001),
+    Word("intermediate_size", "intermediate_size"),
+)
+"""Words of the fields of `MixtureOfExperts`."""
 
 
 def required_experts(config: ModelConfig) -> MixtureOfExperts:
@@ -50,25 +51,9 @@ def required_experts(config: ModelConfig) -> MixtureOfExperts:
     return config.moe
 
 
-def _parse(raw: Json) -> Json:
-    fields = {
-        ours: default if raw.get(word) is None else raw[word]
-        for word, (ours, default) in EXPERTS.items()
-    }
-    plain_rope(raw)
-    width = require(raw, "intermediate_size")
-    return {
-        "rope_theta": parse_rope(raw).get("rope_theta", 1e6),
-        "moe": MixtureOfExperts(intermediate_size=width, **fields),
-    }
-
-
 def _words(config: ModelConfig) -> Json:
     moe = required_experts(config)
-    return {
-        **{word: getattr(moe, ours) for word, (ours, _) in EXPERTS.items()},
-        "sliding_window": config.windows[0],
-    }
+    return {**write_words(EXPERTS, moe), "sliding_window": config.windows[0]}
 
 
 def _experts(width: int, balance_loss: float) -> Fields:
@@ -101,7 +86,7 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     constants={"router_jitter_noise": 0.0},
-    parse_more=_parse,
+    parse_more=lambda raw: {"moe": MixtureOfExperts(**read_words(EXPERTS, raw))},
     more_words=_words,
     models=table(
         "mixtral",
@@ -110,5 +95,4 @@ FAMILY = Family(
         size("Mixtral-8x22B-v0.1", ORG, B8X22),
         size("Mixtral-8x22B-Instruct-v0.1", ORG, B8X22),
     ),
-    dropped=llama.DROPPED,
 )

@@ -8,11 +8,10 @@ same as before it.
 
 from __future__ import annotations
 
-from gristmill.models.zoo.family import Family, Json
-from gristmill.models.zoo.rope_words import plain_rope
+from gristmill.models.zoo.family import Family
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
-from gristmill.models.zoo.words import ACTIVATIONS, STANDARD, Word, replaced
+from gristmill.models.zoo.words import ACTIVATIONS, ATTENTION_BIAS, STANDARD, Word, replaced
 
 _LAYER = "model.layers.{i}."
 WEIGHTS = (
@@ -36,8 +35,8 @@ WEIGHTS = (
 
 WORDS = (
     *replaced(STANDARD, Word("hidden_act", "activation", "relu2", ACTIVATIONS)),
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
-    Word("final_logit_softcapping", "logit_softcap", 15.0),
+    ATTENTION_BIAS,
+    Word("final_logit_softcapping", "logit_softcap", 15.0, nullable=True),
 )
 
 NANOCHAT = {"norm_weight": False, "embedding_norm": True, "qk_norm": "head", "mlp": "plain"}
@@ -51,11 +50,6 @@ SIZE = {
 }
 
 
-def _parse(raw: Json) -> Json:
-    """The cap of the logits, which null takes away."""
-    return {**plain_rope(raw), "logit_softcap": raw.get("final_logit_softcapping", 15.0)}
-
-
 FAMILY = Family(
     name="nanochat",
     architecture="NanoChatForCausalLM",
@@ -63,8 +57,6 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     fixed=NANOCHAT,
-    parse_more=_parse,
-    more_words=lambda config: {"attention_dropout": 0.0},
     models=table(
         "nanochat",
         size("nanochat-d20", "nanochat-students/", SIZE, shape(20, 1280, 10, 10, 5120)),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.llama import DROPPED, WEIGHTS
-from gristmill.models.zoo.rope_words import plain_rope
+from gristmill.models.zoo.llama import WEIGHTS
 from gristmill.models.zoo.sizes import shape, size, table
-from gristmill.models.zoo.words import STANDARD, Word, without
+from gristmill.models.zoo.words import ATTENTION_BIAS, STANDARD, Word, without
 
 WORDS = (
     *without(STANDARD, "norm_eps"),
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
+    ATTENTION_BIAS,
     Word("clip_qkv", "qkv_clip", None),
 )
 
@@ -26,13 +25,10 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     fixed=OLMO,
-    parse_more=plain_rope,
-    more_words=lambda config: {"attention_dropout": 0.0},
     models=table(
         "olmo",
         size("OLMo-1B-hf", "allenai/", B1),
         size("OLMo-7B-hf", "allenai/", B7),
         size("OLMo-7B-Instruct-hf", "allenai/", B7),
     ),
-    dropped=DROPPED,
 )

@@ -4,10 +4,9 @@ queries and keys are normalised over all heads together."""
 from __future__ import annotations
 
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.rope_words import plain_rope
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
-from gristmill.models.zoo.words import STANDARD, Word, replaced
+from gristmill.models.zoo.words import ATTENTION_BIAS, STANDARD, Word, replaced
 
 WEIGHTS = (
     Weight("model.embed_tokens.weight", ("embed.weight",)),
@@ -33,7 +32,7 @@ WEIGHTS = (
 
 WORDS = (
     *replaced(STANDARD, Word("rms_norm_eps", "norm_eps", 1e-5)),
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
+    ATTENTION_BIAS,
 )
 
 OLMO2 = {"pre_norm": False, "post_norm": True, "qk_norm": "full"}
@@ -55,8 +54,6 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     fixed=OLMO2,
-    parse_more=plain_rope,
-    more_words=lambda config: {"attention_dropout": 0.0},
     models=table(
         "olmo2",
         size("OLMo-2-0425-1B", "allenai/", SIZE, shape(16, 2048, 16, 16, 8192)),

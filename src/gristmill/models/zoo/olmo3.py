@@ -11,7 +11,7 @@ from gristmill.models.zoo.rope_words import parse_rope, rope_words
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.words import Word, layer_types, parse_layer_types
 
-WORDS = (*OLMO2_WORDS, Word("sliding_window", "sliding_window", 4096))
+WORDS = (*OLMO2_WORDS, Word("sliding_window", "sliding_window", 4096, nullable=True))
 THETA = 500000.0
 PATTERN = (True, True, True, False)
 
@@ -25,10 +25,7 @@ def _parse(raw: Json) -> Json:
     fields = {"rope_theta": THETA, **parse_rope(raw)}
     if fields["rope_scaling"] is not None and not raw.get("rope_parameters"):
         fields["rope_local_theta"] = fields["rope_theta"]
-    return fields | {
-        "sliding_window": raw.get("sliding_window", 4096),
-        "sliding_pattern": parse_layer_types(raw, PATTERN),
-    }
+    return fields | {"sliding_pattern": parse_layer_types(raw, PATTERN)}
 
 
 def _words(config: ModelConfig) -> Json:
@@ -41,7 +38,6 @@ def _words(config: ModelConfig) -> Json:
             "sliding_attention": full if config.rope_local_theta is None else local,
         },
         "layer_types": layer_types(config),
-        "attention_dropout": 0.0,
     }
 
 
@@ -72,6 +68,7 @@ FAMILY = Family(
     model_type="olmo3",
     weights=WEIGHTS,
     words=WORDS,
+    rotary=("rope_local_theta",),
     fixed=OLMO2,
     parse_more=_parse,
     more_words=_words,

@@ -64,6 +64,7 @@ FAMILY = Family(
     model_type="phi",
     weights=WEIGHTS,
     words=WORDS,
+    rotary=("rope_fraction",),
     fixed=PHI,
     constants={"qk_layernorm": False, "tie_word_embeddings": False},
     models=table(
@@ -79,5 +80,4 @@ FAMILY = Family(
             eos_token_id=50256,
         ),
     ),
-    dropped=(r"\.rotary_emb\.inv_freq$",),
 )

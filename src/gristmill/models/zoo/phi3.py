@@ -298,6 +298,7 @@ FAMILY = Family(
     model_type="phi3",
     weights=WEIGHTS,
     words=WORDS,
+    rotary=("rope_fraction",),
     constants={"attention_bias": False},
     # Unsaid, it is 32000, which small vocabularies have no row for.
     more_words=lambda config: {"pad_token_id": None},
@@ -314,5 +315,4 @@ FAMILY = Family(
         size("Phi-4-mini-instruct", "microsoft/", MINI_4),
         size("Phi-4-mini-reasoning", "microsoft/", MINI_4),
     ),
-    dropped=(r"\.rotary_emb\.inv_freq$",),
 )

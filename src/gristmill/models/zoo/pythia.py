@@ -135,13 +135,10 @@ FAMILY = Family(
     model_type="gpt_neox",
     weights=WEIGHTS,
     words=WORDS,
+    rotary=("rope_fraction",),
     theta_key="rotary_emb_base",
     fixed=NEOX,
-    more_words=lambda config: {"attention_dropout": 0.0, "hidden_dropout": 0.0},
     models=MODELS,
-    dropped=(
-        r"\.rotary_emb\.inv_freq$",
-        r"\.attention\.bias$",
-        r"\.attention\.masked_bias$",
-    ),
+    # Tables of who may look at whom.
+    dropped=(r"\.attention\.(masked_)?bias$",),
 )

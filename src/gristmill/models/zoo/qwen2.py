@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.llama import DROPPED, WEIGHTS
-from gristmill.models.zoo.rope_words import plain_rope
+from gristmill.models.zoo.llama import WEIGHTS
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.words import (
     STANDARD,
@@ -30,7 +29,6 @@ def parse_windows(raw: Json) -> Json:
 
     Only `use_sliding_window` makes it count: the files of models without one name a size too.
     """
-    plain_rope(raw)
     if not raw.get("use_sliding_window") or raw.get("sliding_window", 4096) is None:
         return {"sliding_window": None}
     first = raw.get("max_window_layers", 28)
@@ -127,5 +125,4 @@ FAMILY = Family(
     parse_more=parse_windows,
     more_words=window_words,
     models=MODELS,
-    dropped=DROPPED,
 )

@@ -7,17 +7,17 @@ instead of biases.
 from __future__ import annotations
 
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.llama import DROPPED, WEIGHTS
+from gristmill.models.zoo.llama import WEIGHTS
 from gristmill.models.zoo.qwen2 import parse_windows, window_words
 from gristmill.models.zoo.sizes import shape, size, table
-from gristmill.models.zoo.words import STANDARD, Word, replaced
+from gristmill.models.zoo.words import ATTENTION_BIAS, STANDARD, Word, replaced
 
 FIXED = {"qk_norm": "head"}
 WORDS = replaced(
     STANDARD,
     Word("max_position_embeddings", "max_seq_length", 32768),
     Word("head_dim", "head_dim", 128),
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
+    ATTENTION_BIAS,
 )
 
 QWEN = {
@@ -68,5 +68,4 @@ FAMILY = Family(
     parse_more=parse_windows,
     more_words=window_words,
     models=MODELS,
-    dropped=DROPPED,
 )

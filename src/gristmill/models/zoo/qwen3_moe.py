@@ -12,10 +12,18 @@ from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.models.zoo import llama
 from gristmill.models.zoo.family import Family
 from gristmill.models.zoo.mixtral import required_experts
-from gristmill.models.zoo.rope_words import plain_rope
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight
-from gristmill.models.zoo.words import STANDARD, Json, Word, replaced, require
+from gristmill.models.zoo.words import (
+    ATTENTION_BIAS,
+    STANDARD,
+    Json,
+    Word,
+    read_words,
+    replaced,
+    require,
+    write_words,
+)
 from gristmill.util.errors import UserError
 
 _THEIRS, _OURS = "model.layers.{i}.mlp.", "layers.{i}.mlp."
@@ -37,24 +45,20 @@ WORDS = replaced(
     STANDARD,
     Word("max_position_embeddings", "max_seq_length", 32768),
     Word("num_key_value_heads", "num_kv_heads", 4),
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
+    ATTENTION_BIAS,
 )
 
-EXPERTS = {
-    "num_experts_per_tok": ("num_experts_per_token", 8),
-    "moe_intermediate_size": ("intermediate_size", 768),
-    "norm_topk_prob": ("normalize", False),
-    "router_aux_loss_coef": ("balance_loss", 0.001),
-}
-"""Words -> fields of `MixtureOfExperts`, and what they are where a file lacks them."""
+EXPERTS = (
+    Word("num_experts_per_tok", "num_experts_per_token", 8),
+    Word("moe_intermediate_size", "intermediate_size", 768),
+    Word("norm_topk_prob", "normalize", False),
+    Word("router_aux_loss_coef", "balance_loss", 0.001),
+)
+"""Words of the fields of `MixtureOfExperts`."""
 
 
 def _parse(raw: Json) -> Json:
-    plain_rope(raw)
-    fields = {
-        ours: default if raw.get(word) is None else raw[word]
-        for word, (ours, default) in EXPERTS.items()
-    }
+    fields = read_words(EXPERTS, raw)
     fields["num_experts"] = _first(raw, "num_experts", "num_local_experts", 128)
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     return {
@@ -92,7 +96,7 @@ def _words(config: ModelConfig) -> Json:
     moe, window = required_experts(config), config.windows[0]
     return {
         "num_experts": moe.num_experts,
-        **{word: getattr(moe, ours) for word, (ours, _) in EXPERTS.items()},
+        **write_words(EXPERTS, moe),
         "decoder_sparse_step": 1,
         "mlp_only_layers": list(range(moe.num_dense_layers)),
         "use_sliding_window": window is not None,
@@ -142,5 +146,4 @@ FAMILY = Family(
         size("Qwen3-235B-A22B-Thinking-2507", ORG, B235, LONG),
         size("Qwen3-235B-A22B-Instruct-2507", ORG, B235, LONG),
     ),
-    dropped=llama.DROPPED,
 )

@@ -156,20 +156,19 @@ def _required(raw: Json, key: str) -> Any:
     return raw[key]
 
 
-def plain_rope(raw: Json) -> Json:
-    """Nothing; the `parse_more` of architectures that rotate whole heads, all blocks alike.
+def check_rope(rope: Json, supported: tuple[str, ...]) -> None:
+    """UserError where a file has a switch of rotation that its architecture lacks.
 
-    Raises UserError where a file says otherwise: such a model would run, and differently.
+    `rope` is what `parse_rope` gives. Such a model would run, and differently.
     """
-    rope = parse_rope(raw)
-    if rope.get("rope_fraction", 1.0) != 1.0:
-        raise UserError(f"partial_rotary_factor is {rope['rope_fraction']}. Supported: 1.0.")
-    if "rope_local_theta" in rope:
+    fraction, local = rope.get("rope_fraction", 1.0), rope.get("rope_local_theta")
+    if fraction != 1.0 and "rope_fraction" not in supported:
+        raise UserError(f"partial_rotary_factor is {fraction}. Supported: 1.0.")
+    if local is not None and "rope_local_theta" not in supported:
         raise UserError(
-            f"The rotary base of blocks with a sliding window is {rope['rope_local_theta']}. "
+            f"The rotary base of blocks with a sliding window is {local}. "
             "Supported: the same as in the others."
         )
-    return {}
 
 
 def rope_words(config: ModelConfig, theta_key: str = "rope_theta") -> Json:

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.llama import DROPPED, WEIGHTS
-from gristmill.models.zoo.rope_words import plain_rope
+from gristmill.models.zoo.llama import WEIGHTS
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.words import (
+    ATTENTION_BIAS,
     STANDARD,
     Json,
     Word,
@@ -23,7 +23,7 @@ WORDS = replaced(
     STANDARD,
     Word("max_position_embeddings", "max_seq_length", 32768),
     Word("tie_word_embeddings", "tie_embeddings", True),
-    Word("attention_bias", ("qkv_bias", "attention_out_bias"), False),
+    ATTENTION_BIAS,
     Word("mlp_bias", "mlp_bias", False),
     Word("rope_theta", "rope_theta", 2e6),
 )
@@ -31,7 +31,6 @@ WORDS = replaced(
 
 def parse_blocks(raw: Json) -> Json:
     """Which blocks rotate, and which have the sliding window: those that do not, unless named."""
-    plain_rope(raw)
     count = raw["num_hidden_layers"]
     every = raw.get("no_rope_layer_interval", 4)
     flags = raw.get("no_rope_layers") or [(layer + 1) % every for layer in range(count)]
@@ -87,5 +86,4 @@ FAMILY = Family(
     parse_more=parse_blocks,
     more_words=block_words,
     models=MODELS,
-    dropped=DROPPED,
 )

@@ -4,7 +4,6 @@ each head (https://huggingface.co/stabilityai/stablelm-3b-4e1t)."""
 from __future__ import annotations
 
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.llama import DROPPED
 from gristmill.models.zoo.llama import WEIGHTS as LLAMA_WEIGHTS
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight
@@ -42,10 +41,10 @@ FAMILY = Family(
     model_type="stablelm",
     weights=WEIGHTS,
     words=WORDS,
+    rotary=("rope_fraction",),
     fixed=FIXED,
     # A LayerNorm of its own for each query and key head (StableLM 2 12B).
     constants={"qk_layernorm": False},
-    more_words=lambda config: {"attention_dropout": 0.0, "hidden_dropout": 0.0},
     models=table(
         "stablelm",
         size("stablelm-3b-4e1t", "stabilityai/", B3),
@@ -58,5 +57,4 @@ FAMILY = Family(
             rope_theta=1e6,
         ),
     ),
-    dropped=DROPPED,
 )

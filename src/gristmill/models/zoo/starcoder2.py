@@ -4,7 +4,6 @@ a sliding window in every block. docs/adding-a-family.md goes through this file.
 from __future__ import annotations
 
 from gristmill.models.zoo.family import Family
-from gristmill.models.zoo.rope_words import plain_rope
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
 from gristmill.models.zoo.words import ACTIVATIONS, STANDARD, Word, replaced
@@ -62,8 +61,6 @@ FAMILY = Family(
     weights=WEIGHTS,
     words=WORDS,
     fixed=FIXED,
-    parse_more=plain_rope,
-    more_words=lambda config: {"attention_dropout": 0.0, "residual_dropout": 0.0},
     models=table(
         "starcoder2",
         size(

@@ -20,13 +20,15 @@ class Word:
     """A key of `config.json` and the field of `ModelConfig` that it sets.
 
     Several fields that share one word must be equal. `default` is the architecture's where the key
-    is missing; `values` turns their values into ours (of two for the same, the first is written).
+    is missing; `values` turns their values into ours (of two for the same, the first is written). A
+    null stands for the default too, unless the word is `nullable`: then it means none.
     """
 
     theirs: str
     ours: str | tuple[str, ...]
     default: Any = REQUIRED
     values: Mapping[Any, Any] | None = None
+    nullable: bool = False
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -36,7 +38,7 @@ class Word:
     def read(self, raw: Json) -> dict[str, Any]:
         """Fields and values; UserError for a missing word or a value that is not supported."""
         value = raw.get(self.theirs)
-        if value is None:
+        if value is None and not (self.nullable and self.theirs in raw):
             value = self.default
         if value is REQUIRED:
             raise UserError(f"{self.theirs} is missing. Get the model's own config.json.")
@@ -47,8 +49,8 @@ class Word:
             value = self.values[value]
         return dict.fromkeys(self.fields, value)
 
-    def write(self, config: ModelConfig) -> Any:
-        """The value of this word for a model of ours."""
+    def write(self, config: Any) -> Any:
+        """The value of this word for a model of ours, or for a part of one."""
         field = self.fields[0]
         value = getattr(
             config, {"num_kv_heads": "kv_heads", "head_dim": "head_size"}.get(field, field)
@@ -83,6 +85,19 @@ STANDARD = (
     Word("tie_word_embeddings", "tie_embeddings", False),
 )
 """What nearly every `config.json` says."""
+
+ATTENTION_BIAS = Word("attention_bias", ("qkv_bias", "attention_out_bias"), False)
+"""The word of many architectures for a bias on all four projections."""
+
+
+def read_words(words: Iterable[Word], raw: Json) -> dict[str, Any]:
+    """Fields and values of all words; UserError for one that is missing or not supported."""
+    return {field: value for word in words for field, value in word.read(raw).items()}
+
+
+def write_words(words: Iterable[Word], config: Any) -> Json:
+    """The other direction, for a model or a part of one that has the fields."""
+    return {word.theirs: word.write(config) for word in words}
 
 
 def replaced(words: Iterable[Word], *new: Word) -> tuple[Word, ...]:
