@@ -260,13 +260,23 @@ def test_deterministic_algorithms_are_used_in_the_run_only(world, tmp_path, monk
 
 def test_options_of_a_tracker_that_is_not_used_are_refused(world, tmp_path, capsys):
     assert main(pretrain(world, tmp_path / "run", "--log.project", "mills")) == 2
-    assert "--log.project: only the wandb tracker" in capsys.readouterr().err
+    assert "--log.project is given, and no chosen tracker takes it" in capsys.readouterr().err
 
 
-def test_trackers_write_beside_the_metrics(world, tmp_path):
-    words = pretrain(world, tmp_path / "run", "--logger_name", "csv", "--train.max_steps", "3")
-    assert main(words) == 0
-    assert list((tmp_path / "run").rglob("*.csv"))
+def test_trackers_write_beside_the_metrics_and_no_key_is_kept(world, tmp_path, monkeypatch, capfd):
+    names = ("WANDB_API_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY")
+    for name in names:
+        monkeypatch.setenv(name, f"sesame-of-{name}")
+    run = tmp_path / "run"
+    trackers = ("--logger_name", "csv,tensorboard")
+    assert main(pretrain(world, run, *trackers, "--train.max_steps", "5")) == 0
+    assert (run / "metrics.csv").is_file()
+    assert list((run / "tensorboard").iterdir())
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert {"run.yaml", "hyperparameters.yaml", "checkpoint.json"} <= {p.name for p in files}
+    assert not [path for path in files if b"sesame" in path.read_bytes()]
+    shown = capfd.readouterr()
+    assert "sesame" not in shown.out + shown.err
 
 
 def test_model_and_optimizer_of_ones_own(world, tmp_path, monkeypatch):

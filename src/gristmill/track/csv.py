@@ -54,6 +54,9 @@ class CsvFile:
         self._writer.writerow({"step": step, **row})
         self._file.flush()
 
+    def text(self, name: str, text: str, step: int) -> None:
+        """Nothing: a table of numbers has no place for it."""
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()

@@ -12,19 +12,19 @@ from pathlib import Path
 Row = Mapping[str, float | int]
 
 FILE_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples.jsonl"
 
 
-class MetricsFile:
-    """Appends one JSON object a line, flushed line by line; what is not finite becomes null.
+class _Lines:
+    """Appends one JSON object a line, flushed line by line.
 
     Opening cuts the file back to `start_step`: rows of later steps belong to work that a restart
     makes again. A start at step 0 begins the file anew. Rows that a full disk refuses are kept in
     memory and written with the next.
     """
 
-    def __init__(self, out_dir: Path, start_step: int) -> None:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        path = out_dir / FILE_NAME
+    def __init__(self, path: Path, start_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             rewrite(path, lambda lines: _up_to(lines, start_step))
         # Unbuffered: a row is one write, and is with the system before the next step begins.
@@ -32,9 +32,8 @@ class MetricsFile:
         self._end = path.stat().st_size
         self._pending = b""
 
-    def log(self, row: Row, step: int) -> None:
-        """Append a row. Raises OSError when it could not be written; it is then kept."""
-        values = {key: _plain(value) for key, value in row.items()}
+    def add(self, values: Mapping[str, object], step: int) -> None:
+        """Append a line. Raises OSError when it could not be written; it is then kept."""
         line = json.dumps({"step": step, **values}, allow_nan=False)
         self._pending += line.encode() + b"\n"
         self._flush()
@@ -54,6 +53,48 @@ class MetricsFile:
             with contextlib.suppress(OSError):  # half a line may have gone out
                 self._file.truncate(self._end)
             raise
+
+
+class MetricsFile(_Lines):
+    """`metrics.jsonl`: one line a row; what is not finite becomes null."""
+
+    def __init__(self, out_dir: Path, start_step: int) -> None:
+        super().__init__(out_dir / FILE_NAME, start_step)
+
+    def log(self, row: Row, step: int) -> None:
+        """Append a row. Raises OSError when it could not be written; it is then kept."""
+        self.add({key: _plain(value) for key, value in row.items()}, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Nothing: `samples.jsonl` takes texts."""
+
+
+class SamplesFile(_Lines):
+    """`samples.jsonl`: one line a text, made with the first one."""
+
+    def __init__(self, out_dir: Path, start_step: int) -> None:
+        self._path, self._start_step = out_dir / SAMPLES_NAME, start_step
+        self._open = False
+        if self._path.exists():
+            self._begin()
+
+    def _begin(self) -> None:
+        super().__init__(self._path, self._start_step)
+        self._open = True
+
+    def log(self, row: Row, step: int) -> None:
+        """Nothing: `metrics.jsonl` takes rows."""
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Append a text. Raises OSError when it could not be written; it is then kept."""
+        if not self._open:
+            self._begin()
+        self.add({"name": name, "text": text}, step)
+
+    def close(self) -> None:
+        """Write what is left and close the file."""
+        if self._open:
+            super().close()
 
 
 def rewrite(path: Path, keep: Callable[[Iterable[bytes]], Iterable[bytes]]) -> None:

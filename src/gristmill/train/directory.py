@@ -32,6 +32,8 @@ from gristmill.util.errors import UserError
 
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
+TRACKER_IDS = ("wandb_id", "mlflow_id", "trackio_id")
+"""What the run is called elsewhere."""
 
 FIXED_TRAIN_SETTINGS = (
     "global_batch_size",
@@ -269,7 +271,7 @@ def clear(out_dir: Path) -> None:
     for name in ("final", "tensorboard", "wandb"):
         if (out_dir / name).is_dir():
             shutil.rmtree(out_dir / name)
-    for name in (METRICS_FILE, "metrics.csv", RUN_FILE):
+    for name in (METRICS_FILE, "samples.jsonl", "metrics.csv", *TRACKER_IDS, RUN_FILE):
         (out_dir / name).unlink(missing_ok=True)
 
 

@@ -152,7 +152,7 @@ class Run:
             discard_after(out_dir, self.state.step)
         directory.write(out_dir, job.cfg, job.identity, job.length, job.micro_batch_size)
         self.trackers = open_trackers(
-            [job.cfg.logger_name], out_dir, job.cfg.log, start_step=self.state.step
+            job.cfg.logger_name, out_dir, job.cfg.log, start_step=self.state.step
         )
 
     def _prepare(self) -> None:

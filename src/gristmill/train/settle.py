@@ -32,6 +32,7 @@ from gristmill.models import counts, zoo
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.tokenizer import Tokenizer
+from gristmill.track.tracker import check_settings
 from gristmill.train import directory
 from gristmill.train.batch import TokenBatch
 from gristmill.train.length import Length, plan_length
@@ -137,13 +138,7 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             "no data to train on. Name a data module, for example "
             "--data TextFiles --data.train_data_path FOLDER.",
         )
-    typed = [f"--log.{name}" for name, value in vars(cfg.log).items() if value is not None]
-    if typed and cfg.logger_name != "wandb":
-        raise UserError(
-            f"{', '.join(typed)}: only the wandb tracker takes that. Add --logger_name wandb, or "
-            f"leave it out.",
-            {"--logger_name": "wandb"},
-        )
+    check_settings(cfg.logger_name, cfg.log)
     if cfg.initial_checkpoint_dir and cfg.resume not in ("auto", False):
         raise UserError(
             f"both --initial_checkpoint_dir {cfg.initial_checkpoint_dir} and --resume {cfg.resume} "
