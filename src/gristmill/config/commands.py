@@ -92,8 +92,13 @@ class Pretrain:
     parallel: Parallel = field(default_factory=Parallel)
     max_restarts: int = 3
     """How often workers that died are started again from the newest checkpoint."""
+    stall_timeout: str = "10m"
+    """Several devices that make no progress for this long are ended, and the one to blame named."""
     compile: Literal["auto", "off"] = "auto"
     """auto: compile each block where a C++ compiler is found."""
+    recompute: Literal["none", "selective", "full"] | float | Auto = "auto"
+    """Activations made again in the backward pass, for memory: none, all but products (selective),
+    all (full), all but a share that is kept (0 to 1); auto: the least that fits."""
     deterministic: bool = False
     """Only bitwise repeatable algorithms (CUDA; the CPU always is)."""
     train: TrainArgs = field(default_factory=TrainArgs)

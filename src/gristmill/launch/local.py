@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gristmill.launch.worker import LAUNCHER, RENDEZVOUS, read_report
+from gristmill.launch.worker import LAUNCHER
+from gristmill.parallel.mesh import RENDEZVOUS
 from gristmill.util.errors import Interrupted, RunError
+from gristmill.util.reports import REPORTS, read_report
 
 POLL_S = 0.1
 LEAVE_S = 120.0
@@ -71,7 +73,8 @@ class Workers:
         self.logs = [meeting / f"rank-{rank}.log" for rank in range(count)]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.ended_here: set[int] = set()
-        environment = _environment(count) | {RENDEZVOUS: str(meeting / "store")}
+        environment = _environment(count)
+        environment |= {RENDEZVOUS: str(meeting / "store"), REPORTS: str(meeting)}
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             with self.logs[rank].open("wb") as log:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gristmill.config.commands import Pretrain
+from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
 from gristmill.config.parse import to_yaml
 from gristmill.launch.local import run_workers
 from gristmill.launch.worker import is_worker, run_as_worker
@@ -39,17 +39,44 @@ def pretrain(cfg: Pretrain) -> None:
     if world is not None:
         _train_in(world, cfg)
         return
+    _refuse_settings_of_others(cfg)
+    if cfg.launcher == "ray":
+        from gristmill.launch.ray import pretrain_on_ray
+
+        pretrain_on_ray(cfg)
+        return
+    if cfg.launcher == "slurm":
+        from gristmill.launch.slurm import submit
+
+        submit(cfg)
+        return
     if cfg.num_nodes > 1:
         raise UserError(
-            f"--num_nodes {cfg.num_nodes}: this command runs on one machine. Start it on each, "
-            f"for example with torchrun --nnodes {cfg.num_nodes} --nproc-per-node DEVICES -m "
-            "gristmill pretrain …"
+            f"--num_nodes {cfg.num_nodes}: this command runs on one machine. Use --launcher slurm "
+            "or ray, or start it on each, for example with torchrun --nnodes "
+            f"{cfg.num_nodes} --nproc-per-node DEVICES -m gristmill pretrain …",
+            {"--launcher": "slurm"},
         )
     count = num_devices(cfg)
     if count == 1:
         _train(cfg)
         return
     _train_here(cfg, count)
+
+
+def _refuse_settings_of_others(cfg: Pretrain) -> None:
+    """Refuse what only another launcher has a use for."""
+    for launcher, given, nothing in (
+        ("ray", cfg.ray, RayWorkers()),
+        ("slurm", cfg.slurm, SlurmJob()),
+    ):
+        names = [name for name, value in vars(given).items() if value != getattr(nothing, name)]
+        if names and cfg.launcher != launcher:
+            raise UserError(
+                f"--{launcher}.{names[0]} is for --launcher {launcher}; this is {cfg.launcher}. "
+                f"Leave it out, or add --launcher {launcher}.",
+                {"--launcher": launcher},
+            )
 
 
 def _train(cfg: Pretrain, *, quiet: bool = False) -> None:

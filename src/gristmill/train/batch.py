@@ -49,6 +49,10 @@ class TokenBatch:
         valid = torch.from_numpy(batch.valid).to(device)
         return cls(tokens, valid, int(is_target.sum()), documents, lengths)
 
+    def num_micro_batches(self, size: int) -> int:
+        """How many `micro_batches` of this size there are."""
+        return -(-self.tokens.shape[0] // size)
+
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The rows, `size` at a time; the last ones are padded.
 

@@ -24,6 +24,7 @@ import yaml
 
 from gristmill import __version__
 from gristmill.checkpoint.load import newest_good
+from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.store import clean_partial, complete
 from gristmill.config.commands import Pretrain
 from gristmill.config.parse import to_dict
@@ -152,17 +153,22 @@ def _refuse_others(out_dir: Path) -> None:
         )
 
 
-def start_point(cfg: Pretrain, out_dir: Path, *, going_on: bool) -> Path | None:
-    """The checkpoint to go on from, verified; None for a run that starts afresh."""
+def start_point(
+    cfg: Pretrain, out_dir: Path, *, going_on: bool, ranks: Ranks = ALONE
+) -> Path | None:
+    """The checkpoint to go on from, verified; None for a run that starts afresh.
+
+    All `ranks` ask together, and get the same answer.
+    """
     source = _run_dir_of(cfg.resume)
     if source is not None:
         forked = source.resolve() != out_dir.resolve()
         # A fork that was interrupted goes on from its own checkpoints.
-        own = newest_good(out_dir) if forked and going_on else None
-        return own or _named_checkpoint(Path(str(cfg.resume)), out_dir)
+        own = newest_good(out_dir, ranks) if forked and going_on else None
+        return own or _named_checkpoint(Path(str(cfg.resume)), out_dir, ranks)
     if cfg.resume is False or cfg.overwrite:
         return None
-    newest = newest_good(out_dir) if going_on else None
+    newest = newest_good(out_dir, ranks) if going_on else None
     if newest is None and cfg.resume is True:
         raise UserError(
             f"--resume true, but {out_dir} has no checkpoint. Use --resume auto to start afresh.",
@@ -307,13 +313,13 @@ def _run_dir_of(resume: bool | str) -> Path | None:
     return path.parent if path.name.startswith("step-") else path
 
 
-def _named_checkpoint(path: Path, out_dir: Path) -> Path:
+def _named_checkpoint(path: Path, out_dir: Path, ranks: Ranks) -> Path:
     """The checkpoint that `--resume PATH` names: itself, or the newest of a run directory."""
     if not path.is_dir():
         raise UserError(f"--resume {path} is not a directory. Give a step-* or a run directory.")
     found = complete(path.parent) if path.name.startswith("step-") else complete(path)
     if not path.name.startswith("step-"):
-        newest = newest_good(path)
+        newest = newest_good(path, ranks)
         if newest is None:
             raise UserError(f"--resume {path} has no complete checkpoint. Give another directory.")
         return newest

@@ -24,26 +24,38 @@ def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job
     """
     job = run.job
     while True:
-        try:
-            _step(job, model, optimizer)
+        error = _attempt(job, model, optimizer)
+        # A rank that fails alone would leave the others waiting: all do what one has to.
+        uncompile, too_large = run.ranks.largest(
+            isinstance(error, COMPILER_ERRORS), error is not None and _is_out_of_memory(error)
+        )
+        if error is not None and not (uncompile or too_large):
+            raise error
+        if not (uncompile or too_large):
             return job
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if isinstance(error, COMPILER_ERRORS):
-                uncompile_blocks(model)
-                reason = str(error).strip().splitlines()[0]
-                run.console.note(f"torch.compile failed, training goes on without it: {reason}")
-                continue
-            if not _is_out_of_memory(error):
-                raise
-            half = job.micro_batch_size // 2
-            model.zero_grad(set_to_none=True)
-            if job.cfg.train.micro_batch_size != "auto" or half == 0:
-                raise UserError(
-                    f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
-                    f"does not fit in the memory of {job.device}. Use a smaller micro-batch.",
-                    {"--train.micro_batch_size": max(1, half)},
-                ) from None
-            job = dataclasses.replace(job, micro_batch_size=half)
+        model.zero_grad(set_to_none=True)
+        if uncompile:
+            uncompile_blocks(model)
+            reason = str(error).strip().splitlines()[0] if error else "on another rank"
+            run.console.note(f"torch.compile failed, training goes on without it: {reason}")
+            continue
+        half = job.micro_batch_size // 2
+        if job.cfg.train.micro_batch_size != "auto" or half == 0:
+            raise UserError(
+                f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
+                f"does not fit in the memory of {job.device}. Use a smaller micro-batch.",
+                {"--train.micro_batch_size": max(1, half)},
+            ) from None
+        job = dataclasses.replace(job, micro_batch_size=half)
+        run.micro_batch_size = half
+
+
+def _attempt(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> Exception | None:
+    try:
+        _step(job, model, optimizer)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        return error
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -54,7 +66,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def _step(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     batch = job.on_device(job.train.batch(0, job.micro_batch_size))
-    micro_step(model, next(batch.micro_batches(job.micro_batch_size)), batch.num_targets, job)
+    targets = max(1, batch.num_targets)
+    micro_step(model, next(batch.micro_batches(job.micro_batch_size)), targets, job)
     # A fused optimizer allocates its state before it finds that there is nothing to change.
     nothing, never = torch.zeros((), device=job.device), torch.tensor(False, device=job.device)
     update(optimizer, nothing, never, max_norm=None)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gristmill import __version__
 from gristmill.checkpoint.store import step_path
 from gristmill.config.parse import to_yaml
 from gristmill.formats.hf import write as write_model_dir
+from gristmill.formats.model_dir import open_model_dir
 from gristmill.train.run import Run
 from gristmill.util.errors import Interrupted, RunError
 
@@ -26,8 +28,11 @@ def is_finished(run: Run) -> bool:
     if run.start_from is None or not run.own_start or not run.complete():
         return False
     exportable = run.job.exportable
-    if exportable and _final_step(run.job.out_dir) != run.state.step:
+    final_step = run.ranks.main_says(_final_step(run.job.out_dir))
+    if exportable and final_step != run.state.step:
         return False
+    if not run.mesh.is_main:
+        return True
     print(
         f"{run.job.out_dir} is finished: {run.state.step:,} steps, {run.state.tokens:,} tokens. "
         f"The model is in {run.job.out_dir / FINAL if exportable else run.start_from}. "
@@ -43,6 +48,8 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
     """
     if run.last_saved_step != run.state.step:
         run.save(model, optimizer)
+    if run.heart is not None:
+        run.heart.close()  # from here on nobody waits for the others
     run.checkpointer.wait()
     if run.stop_signal is not None and not run.complete():
         saved = "not saved" if run.checkpointer.failed else "saved"
@@ -55,10 +62,13 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         run.console.note(
             f"--train.max_time is over at step {run.state.step:,}; a larger one goes on"
         )
-    if run.job.exportable:
-        _write_final(run, model)
+    # Several ranks together have their weights in what they have just saved, or nowhere.
+    written = run.mesh.world == 1 or not run.checkpointer.failed
+    if run.job.exportable and written:
+        if run.mesh.is_main:
+            _write_final(run, model)
         run.console.finished(run.job.out_dir / FINAL)
-    else:
+    elif written:
         run.console.finished(step_path(run.job.out_dir, run.state.step))
     if run.checkpointer.failed:
         raise RunError(
@@ -69,10 +79,15 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 def _write_final(run: Run, model: nn.Module) -> None:
     final = run.job.out_dir / FINAL
+    if run.mesh.world == 1:
+        weights: Mapping[str, Tensor] = model.state_dict()
+    else:
+        saved = step_path(run.job.out_dir, run.state.step)
+        weights = open_model_dir(saved).parameters()
     write_model_dir(
         final,
         run.job.model,
-        model.state_dict(),
+        weights,
         tokenizer_dir=run.job.tokenizer_dir,
         extra_files={
             "hyperparameters.yaml": to_yaml(run.job.cfg),

@@ -20,7 +20,9 @@ from gristmill.models.device import weight_dtype
 from gristmill.models.init import init_weights
 from gristmill.optim.build import build_optimizer
 from gristmill.optim.schedules import lr_at
+from gristmill.parallel.mesh import Mesh
 from gristmill.parallel.parallelize import parallelize
+from gristmill.parallel.weights import materialize, put
 from gristmill.train.dry_run import dry_run
 from gristmill.train.finish import finish, is_finished
 from gristmill.train.guard import Guard
@@ -42,32 +44,36 @@ def fit(job: Job) -> None:
     with Run(job) as run:
         if is_finished(run):
             return
-        model = run.model = build(job)
+        job, mesh = run.job, run.mesh
+        model, how = build(job, mesh)
+        run.model = model
         optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
         if run.start_from is not None:
-            load_checkpoint(run.start_from, model, optimizer, verified=True)
-        how = parallelize(model, job.device, compile=job.cfg.compile)
+            load_checkpoint(run.start_from, model, optimizer, verified=True, ranks=run.ranks)
         run.announce(how)
         job = run.job = dry_run(run, model, optimizer)
         run.begin()
-        guard, speed = Guard(job.cfg.train.max_bad_steps), Throughput(job)
+        guard, speed = Guard(job.cfg.train.max_bad_steps), Throughput(job, mesh.world)
         if run.state.step == 0 and job.val and job.cfg.eval.initial_validation:
-            run.log(validate(model, job, whole=False, stopping=run.stopping))
+            run.log(validate(model, job, mesh, whole=False, stopping=run.stopping))
         while not run.done():
             started = time.perf_counter()
-            reseed(job.cfg.seed, run.state.step)
+            reseed(job.cfg.seed, run.state.step, mesh.data_rank)
             lr = set_learning_rate(optimizer, job, run.state.step)
-            rows = job.train.batch(run.state.samples, job.length.global_batch_size)
-            batch = job.on_device(rows)
+            run.rows = job.train.batch(
+                run.state.samples, job.length.global_batch_size, mesh.data_rank, mesh.data_world
+            )
+            batch = job.on_device(run.rows)
             data_wait_s = time.perf_counter() - started
-            stats = train_step(model, optimizer, batch, job)
+            run.beat(f"computing step {run.state.step + 1:,}")
+            stats = train_step(model, optimizer, batch, job, mesh)
             step_time_s = time.perf_counter() - started
             run.advance()
             guard.check(stats, run)
             row = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": lr}
             row |= speed.row(run.state, step_time_s, data_wait_s)
             if run.validation_due():
-                row |= validate(model, job, whole=run.complete(), stopping=run.stopping)
+                row |= validate(model, job, mesh, whole=run.complete(), stopping=run.stopping)
             run.log(row)
             run.call_hook(stats)
             if run.save_due():
@@ -75,16 +81,21 @@ def fit(job: Job) -> None:
         finish(run, model, optimizer)
 
 
-def build(job: Job) -> nn.Module:
-    """The decoder on its device, with fresh or given weights (a checkpoint's come later)."""
+def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
+    """This rank's part of the decoder with fresh or given weights, and what was done to it.
+
+    No rank ever holds the whole model. A checkpoint's weights come later.
+    """
     with torch.device("meta"):
-        model = Decoder(job.model)
-    model.to(weight_dtype(job.precision)).to_empty(device=job.device)
+        model: nn.Module = Decoder(job.model)
+    model.to(weight_dtype(job.precision))
+    how = parallelize(model, mesh, job.device, compile=job.cfg.compile, recompute=job.recompute)
+    materialize(model, job.device)
     if job.cfg.initial_checkpoint_dir is not None:
-        load_weights(model, Path(resolve_model_dir(job.cfg.initial_checkpoint_dir)))
+        load_weights(model, Path(resolve_model_dir(job.cfg.initial_checkpoint_dir)), put=put)
     else:
-        init_weights(model, job.cfg.seed)
-    return model.train()
+        init_weights(model, job.cfg.seed, put=put)
+    return model.train(), how
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, job: Job, step: int) -> float:

@@ -67,11 +67,11 @@ def _max_time_s(text: str) -> float:
     return limit
 
 
-def seconds(text: str) -> float:
+def seconds(text: str, option: str = "--train.max_time") -> float:
     """Seconds in a duration such as 90s, 30m, 2h, 1h30m or a bare number of seconds."""
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text.replace(" ", ""))
     if not parts or "".join(a + b for a, b in parts) != text.replace(" ", ""):
-        raise UserError(f"--train.max_time {text} is not a duration. Write 90s, 30m, 2h or 1h30m.")
+        raise UserError(f"{option} {text} is not a duration. Write 90s, 30m, 2h or 1h30m.")
     return sum(float(n) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[u] for n, u in parts)
 
 

@@ -7,28 +7,35 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import torch
 from torch import nn
 
 from gristmill import __version__
+from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, discard_after, read_record
 from gristmill.data.reading.corpus import MANY_EPOCHS
+from gristmill.data.reading.stream import Batch
 from gristmill.models.counts import num_parameters
 from gristmill.models.device import describe
+from gristmill.parallel.heartbeat import Heartbeat
+from gristmill.parallel.mesh import Mesh, close_mesh, open_mesh
 from gristmill.track.console import Console, count, duration
 from gristmill.track.tracker import Trackers, open_trackers
 from gristmill.train import directory
+from gristmill.train.length import seconds
 from gristmill.train.settle import Job
 from gristmill.train.step import StepStats
 from gristmill.util.errors import RunError, UserError
 from gristmill.util.named import load_named
 
+MEETING_S = 120.0
+"""How long the ranks' first words to each other may take."""
 SAVE_SECONDS = 600.0
 """A checkpoint is due after this much time, whatever the step interval."""
 
@@ -63,46 +70,91 @@ class State:
 
 
 class Run:
-    """A context in which one process owns the run directory and is told of signals.
+    """A context in which the ranks of a run decide alike, and rank 0 owns the run directory.
 
-    A hook sees `state`, `job`, `model` and `optimizer`, and may change the last two.
+    A hook sees `state`, `job`, `mesh`, `rows` (this rank's part of the batch), `model` and
+    `optimizer`, and may change the last two.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    mesh: Mesh
+    rows: Batch
 
     def __init__(self, job: Job) -> None:
         """Nothing is written before the context is entered."""
         self.job = job
         self.state = State()
         self.stop_signal: int | None = None
+        """What has asked some rank to leave, once all know of it."""
+        self.ranks = ALONE
+        self._signal_here = 0
+        self._save_overdue = False
+        self._lock: IO[str] | None = None
         self._last_save_s = self._last_step_s = time.monotonic()
         self._handlers: dict[int, Any] = {}
         self.last_saved_step: int | None = None
         self.start_from: Path | None = None
         self.own_start = False
         self.trackers: Trackers | None = None
+        self.heart: Heartbeat | None = None
 
     def __enter__(self) -> Self:
-        """Take the directory, find the progress to go on from, catch signals.
+        """Meet the other ranks, take the directory, find the progress to go on from, catch signals.
 
         What the directory holds stays as it is until `begin`.
         """
-        job, out_dir = self.job, self.job.out_dir
-        self._hook = load_named("--hook", job.cfg.hook) if job.cfg.hook else None
+        self._hook = load_named("--hook", self.job.cfg.hook) if self.job.cfg.hook else None
         with ExitStack() as undo:
-            self._lock = undo.enter_context(directory.lock(out_dir))
+            stall_s = seconds(self.job.cfg.stall_timeout, "--stall_timeout")
+            # Who waits for the others hears from the heartbeat, earlier, who they are.
+            self.mesh = open_mesh(
+                self.job.cfg.parallel, self.job.device, timeout_s=2 * stall_s + MEETING_S
+            )
+            self.ranks = Ranks.open()
+            self._settle_alike()
+            self.ranks.main_does(self._take_lock)
+            if self._lock is not None:
+                undo.enter_context(self._lock)
             self._find_progress()
             self._prepare()
             undo.pop_all()
         return self
 
+    def _settle_alike(self) -> None:
+        """Make one job of what each rank has found in files; UserError where it is not one."""
+        job, mesh = self.job, self.mesh
+        mine = (job.identity, job.train.fingerprint())
+        files = (job.out_dir, job.going_on, job.length, job.micro_batch_size)
+        theirs, (out_dir, going_on, length, micro) = self.ranks.main_says((mine, files))
+        self.ranks.together(lambda: _check_same(theirs, mine))
+        batch = length.global_batch_size
+        if mesh.data_world > batch:
+            raise UserError(
+                f"{mesh.data_world} devices share batches of {batch} samples, and some would have "
+                "none. Use a larger batch or fewer devices.",
+                {"--train.global_batch_size": mesh.data_world},
+            )
+        self.micro_batch_size = micro
+        self.job = replace(
+            job,
+            out_dir=out_dir,
+            going_on=going_on,
+            length=length,
+            micro_batch_size=min(micro, -(-batch // mesh.data_world)),
+        )
+
+    def _take_lock(self) -> None:
+        self._lock = directory.lock(self.job.out_dir)
+
     def _find_progress(self) -> None:
         """Where the run goes on from; under the lock, so that nobody moves it."""
         job, out_dir = self.job, self.job.out_dir
         if job.going_on:
-            clean_partial(out_dir)
-        self.start_from = directory.start_point(job.cfg, out_dir, going_on=job.going_on)
+            self.ranks.main_does(lambda: clean_partial(out_dir))
+        self.start_from = directory.start_point(
+            job.cfg, out_dir, going_on=job.going_on, ranks=self.ranks
+        )
         if self.start_from is None:
             return
         record = read_record(self.start_from)
@@ -144,13 +196,18 @@ class Run:
 
     def begin(self) -> None:
         """Write for the first time: every check is passed and a dry run has worked."""
+        self.ranks.main_does(self._begin_writing)
+        stall_s = seconds(self.job.cfg.stall_timeout, "--stall_timeout")
+        self.heart = Heartbeat(self.mesh, stall_s)
+
+    def _begin_writing(self) -> None:
         job, out_dir = self.job, self.job.out_dir
         if job.cfg.overwrite:
             directory.clear(out_dir)
         elif self.start_from is not None and self.own_start:
             # Later ones are damaged, or they would have been chosen.
             discard_after(out_dir, self.state.step)
-        directory.write(out_dir, job.cfg, job.identity, job.length, job.micro_batch_size)
+        directory.write(out_dir, job.cfg, job.identity, job.length, self.micro_batch_size)
         self.trackers = open_trackers(
             job.cfg.logger_name, out_dir, job.cfg.log, start_step=self.state.step
         )
@@ -163,8 +220,13 @@ class Run:
             keep_every=job.cfg.train.keep_every,
             config=job.model,
             tokenizer_dir=job.tokenizer_dir,
+            ranks=Ranks.open(),
         )
-        self.console = Console(total_steps=job.length.total_steps, start_step=self.state.step)
+        self.console = Console(
+            total_steps=job.length.total_steps,
+            start_step=self.state.step,
+            stream=None if self.mesh.is_main else open(os.devnull, "w"),  # noqa: SIM115
+        )
         self._deterministic = torch.are_deterministic_algorithms_enabled()
         if job.cfg.deterministic:
             # What cuBLAS needs for it; read when it first runs.
@@ -187,11 +249,16 @@ class Run:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         torch.use_deterministic_algorithms(self._deterministic)
+        if self.heart is not None:
+            self.heart.close()
         self.console.close()
         if self.trackers is not None:
             self.trackers.close()
         self.checkpointer.wait()
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
+        if error is None:  # else the others may be gone, and would be waited for
+            close_mesh(self.mesh)
 
     def announce(self, how: str) -> None:
         """Show what is about to run; `how` says whether blocks are compiled."""
@@ -209,6 +276,7 @@ class Run:
                 "run": job.out_dir,
                 "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
                 "device": f"{describe(job.device, job.precision)}, {how}",
+                **self._describe_mesh(),
                 "data": self._describe_data(),
                 **self._describe_packing(),
                 "tokens": f"{length.total_steps * length.step_tokens:,}",
@@ -217,6 +285,11 @@ class Run:
                 "schedule": f"{job.cfg.train.schedule} from {job.lr:g} to {job.min_lr:g}",
             }
         )
+
+    def _describe_mesh(self) -> dict[str, str]:
+        """How the devices share the work; nothing for one device."""
+        sizes = [f"{axis} {size}" for axis, size in self.mesh.sizes.items() if size > 1]
+        return {"devices": f"{self.mesh.world}: {', '.join(sizes)}"} if sizes else {}
 
     def _describe_data(self) -> str:
         """Samples, how often each source will be read, and what is held out."""
@@ -244,7 +317,7 @@ class Run:
 
     def done(self) -> bool:
         """Whether there is no step more to make: enough of them, out of time, or told to stop."""
-        return self.complete() or self.stop_signal is not None
+        return self.complete() or self.stopping()
 
     def complete(self) -> bool:
         """Whether the run has come to its end by steps or by time."""
@@ -253,8 +326,16 @@ class Run:
         return out_of_time or self.state.step >= self.job.length.total_steps
 
     def stopping(self) -> bool:
-        """Whether a signal has asked to leave."""
+        """Whether a signal has asked any rank to leave; all ranks ask at the same time."""
+        self.beat(f"step {self.state.step + 1:,}")
+        if self.stop_signal is None:
+            self._stop_for(*self.ranks.largest(self._signal_here))
         return self.stop_signal is not None
+
+    def beat(self, what: str, *, patient: bool = False) -> None:
+        """Tell whoever watches over stalled ranks that this one has come to `what`."""
+        if self.heart is not None:
+            self.heart.beat(what, patient=patient)
 
     def advance(self) -> None:
         """Count the step just made, and the time since the one before it, validation included."""
@@ -264,11 +345,29 @@ class Run:
         self.state.tokens += self.job.length.step_tokens
         self.state.train_time_s += now - self._last_step_s
         self._last_step_s = now
+        self._agree()
+
+    def _agree(self) -> None:
+        """Take over what hangs on time from rank 0, and a signal from whoever has it."""
+        time_s = overdue = 0.0
+        if self.mesh.is_main:
+            time_s = self.state.train_time_s
+            overdue = float(time.monotonic() - self._last_save_s >= SAVE_SECONDS)
+        number, time_s, overdue = self.ranks.largest(self._signal_here, time_s, overdue)
+        self.state.train_time_s, self._save_overdue = time_s, bool(overdue)
+        self._stop_for(number)
+
+    def _stop_for(self, number: float) -> None:
+        if number and self.stop_signal is None:
+            self.stop_signal = int(number)
+            if not self._signal_here:
+                self._note_signal(self.stop_signal)
 
     def call_hook(self, stats: StepStats) -> None:
         """Call the user's function, if there is one. Raises RunError for what goes wrong in it."""
         if self._hook is None:
             return
+        self.beat(f"the hook of step {self.state.step:,}")
         try:
             self._hook(self, stats)
         except Exception as error:
@@ -287,20 +386,22 @@ class Run:
 
     def save_due(self) -> bool:
         """Whether a checkpoint is due by steps or by the clock."""
-        overdue = time.monotonic() - self._last_save_s >= SAVE_SECONDS
-        return overdue or self.state.step % self.job.length.save_interval == 0
+        return self._save_overdue or self.state.step % self.job.length.save_interval == 0
 
     def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics for the present step, where one is due."""
         if self.state.step % self.job.cfg.train.log_interval and "val_loss" not in row:
             return
         row = {"tokens": self.state.tokens, "samples": self.state.samples, **row}
+        if not self.mesh.is_main:
+            return
         assert self.trackers is not None, "begin() comes before the first row"
         self.trackers.log(row, self.state.step)
         self.console.log(row, self.state.step)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Stage a checkpoint of this step; it is written while training goes on."""
+        self.beat(f"the checkpoint of step {self.state.step:,}", patient=True)
         self.checkpointer.save(self.state.step, model, optimizer, self._record())
         self._last_save_s = time.monotonic()
         self.last_saved_step = self.state.step
@@ -311,6 +412,7 @@ class Run:
             "gristmill": __version__,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
+            "world": self.mesh.world,
             "device": self.job.device.type,
             "precision": self.job.precision,
             "stream": self.job.train.fingerprint(),
@@ -318,9 +420,23 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Ask the loop to save and leave after this step; a second Ctrl-C leaves at once."""
-        if self.stop_signal is not None and number == signal.SIGINT:
+        if self._signal_here and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.stop_signal = number
+        self._signal_here = number
+        self._note_signal(number)
+
+    def _note_signal(self, number: int) -> None:
         self.console.note(
             f"{signal.Signals(number).name}: saving after this step (Ctrl-C then leaves at once)"
         )
+
+
+def _check_same(first: tuple[dict[str, Any], ...], mine: tuple[dict[str, Any], ...]) -> None:
+    """Raise UserError where a rank has other settings or other data than rank 0."""
+    for theirs, ours in zip(first, mine, strict=True):
+        changed = directory.differences(theirs, ours)
+        if changed:
+            raise UserError(
+                f"not all ranks have the same settings and data ({'; '.join(changed)}). Start all "
+                "with the same command, and give them the same files."
+            )

@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gristmill.parallel.gradients import accumulate, clip, total_norm
+from gristmill.parallel.mesh import Mesh
 from gristmill.train.batch import MicroBatch, TokenBatch
 from gristmill.train.settle import Job
+
+ALONE = Mesh()
 
 
 @dataclass
@@ -29,9 +33,10 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return contextlib.nullcontext()
 
 
-def reseed(seed: int, step: int) -> None:
-    """Make randomness in a step a function of (seed, step), so that it needs no saved state."""
-    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+def reseed(seed: int, step: int, rank: int = 0) -> None:
+    """Make randomness in a step a function of (seed, step, rank): it needs no saved state."""
+    name = f"{seed}/{step}/{rank}" if rank else f"{seed}/{step}"
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     torch.manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
@@ -40,29 +45,38 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: TokenBatch,
     job: Job,
+    mesh: Mesh = ALONE,
 ) -> StepStats:
     """Update the model once from `batch`; an update that is not finite is skipped on the device.
 
     The loss is summed over targets and divided by their number in the whole batch, so that
-    neither the micro-batch size nor padding changes the gradient.
+    neither the micro-batch size nor padding changes the gradient. Of several ranks each gives its
+    part of the batch, and all find the same.
     """
     total = torch.zeros((), device=batch.tokens.device)
+    num_targets: int | Tensor = max(1, batch.num_targets)
+    if mesh.world > 1:
+        num_targets = torch.tensor(batch.num_targets, device=batch.tokens.device)
+        num_targets = mesh.sum_rows(num_targets).clamp(min=1)
+    left = batch.num_micro_batches(job.micro_batch_size)
     for micro in batch.micro_batches(job.micro_batch_size):
-        total += micro_step(model, micro, batch.num_targets, job)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        left -= 1
+        accumulate(model, last=left == 0)
+        total += micro_step(model, micro, num_targets, job)
+    total = mesh.sum(total)
+    norm = total_norm(model)
     finite = torch.isfinite(total) & torch.isfinite(norm)
     update(optimizer, norm, finite, job.cfg.train.max_norm)
     optimizer.zero_grad(set_to_none=True)
     return StepStats(total.item(), norm.item(), bool(finite.item()))
 
 
-def micro_step(model: nn.Module, micro: MicroBatch, num_targets: int, job: Job) -> Tensor:
+def micro_step(model: nn.Module, micro: MicroBatch, num_targets: int | Tensor, job: Job) -> Tensor:
     """Add one micro-batch's gradients; its share of the mean loss over `num_targets`."""
     inputs, targets, documents = micro
     with autocast(inputs.device, job.precision):
         loss = model(inputs, targets, documents=documents, z_loss=job.cfg.train.z_loss)
-        loss = loss / max(1, num_targets)
+        loss = loss / num_targets
     loss.backward()
     return loss.detach()
 
@@ -83,5 +97,5 @@ def update(
     elif finite:
         if max_norm is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            clip(parameters, max_norm, norm)
         optimizer.step()

@@ -11,9 +11,9 @@ from gristmill.train.settle import Job
 class Throughput:
     """Measures steps of one job; the peak of the device is probed once."""
 
-    def __init__(self, job: Job) -> None:
-        """Count the model's FLOPs and measure what the device can do at best."""
-        self.job = job
+    def __init__(self, job: Job, world: int = 1) -> None:
+        """Count the model's FLOPs and measure what this device can do at best, one of `world`."""
+        self.job, self.world = job, world
         self.flops_per_token = flops_per_token(job.model, job.length.seq_len)
         self.peak = peak_flops(job.device, job.precision)
 
@@ -31,5 +31,5 @@ class Throughput:
             epochs = self.job.train.epochs(state.samples)
             row |= {f"epoch/{n}": e for n, e in zip(self.job.source_names, epochs, strict=True)}
         if self.peak:
-            row["mfu"] = tokens_per_s * self.flops_per_token / self.peak
+            row["mfu"] = tokens_per_s * self.flops_per_token / (self.peak * self.world)
         return row

@@ -8,13 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gristmill.parallel.mesh import Mesh
 from gristmill.train.settle import Job
 from gristmill.train.step import autocast
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, job: Job, *, whole: bool, stopping: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    job: Job,
+    mesh: Mesh,
+    *,
+    whole: bool,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Mean loss in nats per token over the validation set, or over its first batches.
 
@@ -29,17 +35,24 @@ def validate(
         samples = min(samples, job.cfg.eval.max_iters * job.length.global_batch_size)
     model.eval()
     total, num_targets = 0.0, 0
-    for start in range(0, samples, job.micro_batch_size):
+    together = job.micro_batch_size * mesh.data_world
+    for start in range(0, samples, together):
         if stopping():
             model.train()
             return {}
-        rows = min(job.micro_batch_size, samples - start)
-        batch = job.on_device(job.val.batch(start, rows))
+        rows = min(together, samples - start)
+        batch = job.on_device(job.val.batch(start, rows, mesh.data_rank, mesh.data_world))
         for inputs, targets, documents in batch.micro_batches(job.micro_batch_size):
             with autocast(job.device, job.precision):
                 total += model(inputs, targets, documents=documents).item()
         num_targets += batch.num_targets
     model.train()
+    if mesh.world > 1:
+        # Ranks that share the positions of rows have the same rows.
+        sums = torch.tensor(
+            [total, num_targets / mesh.context_world], dtype=torch.float64, device=job.device
+        )
+        total, num_targets = mesh.sum(sums).tolist()
     row = {"val_loss": total / max(1, num_targets)}
     if job.val_bytes_per_token:
         row["val_bits_per_byte"] = row["val_loss"] / math.log(2) / job.val_bytes_per_token
