@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gristmill.util.errors import UserError
+from gristmill.util.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,16 @@ class Place:
 
     new: Path
     target: Path
+    old: Path
+    """Where what was at `target` lies between the two renames."""
 
     def finish(self) -> None:
-        """Put what was built in the place of the target."""
-        old = self.new.with_name(_OLD)
+        """Put what was built in the place of the target; it is on disk before it is seen."""
+        _sync(self.new)
         if self.target.exists():
-            os.rename(self.target, old)
+            os.rename(self.target, self.old)
         os.rename(self.new, self.target)
-
-
-_OLD = "replaced"
+        _sync_one(self.target.parent)
 
 
 @contextlib.contextmanager
@@ -38,7 +38,8 @@ def beside(target: Path) -> Iterator[Place]:
     What a killed process left is cleared first; what it had moved aside comes back. Raises
     UserError when another process builds for the same target.
     """
-    work = target.with_name(f".{target.name}.export")
+    work = target.with_name(f".{target.name}.partial")
+    place = Place(work / "new" / target.name, target, work / "old" / target.name)
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work, os.O_RDONLY)
     try:
@@ -49,15 +50,37 @@ def beside(target: Path) -> Iterator[Place]:
                 f"another process writes {target}. Wait for it, or write elsewhere."
             ) from None
         try:
-            if (work / _OLD).exists() and not target.exists():
-                os.rename(work / _OLD, target)
+            _put_back(place)
             _clear(work)
-            yield Place(work / target.name, target)
+            place.new.parent.mkdir()
+            place.old.parent.mkdir()
+            yield place
         finally:
-            if not (work / _OLD).exists() or target.exists():
-                shutil.rmtree(work, ignore_errors=True)
+            _put_back(place)
+            shutil.rmtree(work, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` when all went well, in place of one that is there.
+
+    Raises RunError when the disk is full or cannot be written to.
+    """
+    try:
+        with beside(out) as place:
+            place.new.mkdir()
+            yield place.new
+            place.finish()
+    except OSError as error:
+        raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
+
+
+def _put_back(place: Place) -> None:
+    """The old one again, where the new one did not take its place."""
+    if place.old.exists() and not place.target.exists():
+        os.rename(place.old, place.target)
 
 
 def _clear(work: Path) -> None:
@@ -66,3 +89,19 @@ def _clear(work: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """fsync a file, or a directory and all in it, so that a rename never shows an empty file."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync(inner)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -16,12 +13,12 @@ import torch
 from torch import Tensor
 
 from gristmill.config.model import ModelConfig
+from gristmill.formats.beside import building
 from gristmill.formats.safetensors_io import write_file
 from gristmill.formats.source import TheirTensors
 from gristmill.models import zoo
 from gristmill.models.counts import Shapes
 from gristmill.tokenizer.tokenizer import Tokenizer
-from gristmill.util.errors import RunError
 
 MAX_SHARD_BYTES = 5e9
 
@@ -56,19 +53,6 @@ def write(
         write_companions(partial, config, words, tokenizer)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A directory to fill, beside `out`, that takes its place when all went well."""
-    partial = _start(out)
-    try:
-        yield partial
-        _sync(partial)
-        _swap(partial, out)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
 
 
 def write_companions(
@@ -157,40 +141,3 @@ def _complete_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
 
 def _json(value: dict[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-
-
-def _start(out: Path) -> Path:
-    """An empty directory beside `out` to build in; takes up what a killed writer left."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = _beside(out, "partial"), _beside(out, "old")
-    if old.exists() and not out.exists():
-        old.rename(out)  # killed between the two renames of a replacement
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    return partial
-
-
-def _swap(partial: Path, out: Path) -> None:
-    """Put the finished directory in the place of `out`."""
-    old = _beside(out, "old")
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    _sync(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(f".{out.name}.{suffix}")
-
-
-def _sync(directory: Path) -> None:
-    """fsync a directory and the files in it, so that a rename never shows an empty file."""
-    for path in [*directory.iterdir(), directory]:
-        if path.is_file() or path == directory:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)

@@ -22,7 +22,8 @@ import yaml
 from torch import Tensor
 
 from gristmill.config.model import ModelConfig
-from gristmill.formats.hf import building, write_companions
+from gristmill.formats.beside import building
+from gristmill.formats.hf import write_companions
 from gristmill.formats.pickles import METADATA, PeekEntry, open_file, open_sharded
 from gristmill.formats.source import AGAIN, Entry, ModelDir, Tensors, TheirTensors
 from gristmill.formats.torch_file import write_torch_file

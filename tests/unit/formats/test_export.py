@@ -310,9 +310,9 @@ def test_a_killed_export_leaves_nothing_that_can_be_taken_for_one(run, tmp_path,
 
 def test_killed_between_two_renames_the_old_comes_back(tmp_path):
     out = tmp_path / "out"
-    work = tmp_path / ".out.export"
-    (work / "replaced").mkdir(parents=True)
-    (work / "replaced/config.json").write_text("old")
+    aside = tmp_path / ".out.partial/old/out"
+    aside.mkdir(parents=True)
+    (aside / "config.json").write_text("old")
     with pytest.raises(KeyError), build_beside(out):
         raise KeyError
     assert (out / "config.json").read_text() == "old"

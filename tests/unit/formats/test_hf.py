@@ -122,7 +122,9 @@ def test_writer_takes_up_what_a_killed_one_left(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["final"]
     assert not (tmp_path / "final" / "junk").exists()
     # Killed between the two renames: the old one is still there if the next attempt fails too.
-    (tmp_path / "final").rename(tmp_path / ".final.old")
+    aside = tmp_path / ".final.partial" / "old"
+    aside.mkdir(parents=True)
+    (tmp_path / "final").rename(aside / "final")
     bad = replace(CONFIG, num_layers=2)
     with pytest.raises(KeyError, match="layers.1"):
         hf.write(tmp_path / "final", bad, state(), tokenizer_dir=None)
