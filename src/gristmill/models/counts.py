@@ -197,8 +197,14 @@ def state_bytes(config: ModelConfig, precision: str) -> int:
     return num_parameters(config) * (4 * weight + copies)
 
 
-def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precision: str) -> int:
-    """What an eager forward pass keeps for the backward pass, without recomputation.
+def activation_bytes(
+    config: ModelConfig,
+    micro_batch: int,
+    seq_len: int,
+    precision: str,
+    recompute: str | float = "none",
+) -> int:
+    """What an eager forward pass keeps for the backward pass, and what that makes again of it.
 
     Per token and block, d the width, q and kv the widths of queries and keys: around each of the
     two norms its input and output (2 d; RMSNorm computes in fp32 and keeps that too), queries, keys
@@ -207,10 +213,37 @@ def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precis
     up and its activation (2 f). Each expert that a token visits keeps the token's row and one more
     product, by its weight (d + 5 f). Latent attention also keeps its small vectors, around their
     norms and with the shared key, and its output apart. Compiled blocks keep less.
+
+    Full recomputation keeps the residual stream before each block (d), selective also the results
+    of products (q + 2 kv + q + 2 d, and half of the inner values), and a number is a share between
+    none and full; all of one block exists at a time in the backward pass.
     """
+    tokens, layers = micro_batch * seq_len, config.num_layers
+    block, narrow = _block_bytes(config, precision), BYTES_PER_ACTIVATION[precision]
+    stream = BYTES_PER_WEIGHT[precision] * config.hidden_size
+    last = _norm_bytes(config, precision) * config.hidden_size
+    if recompute == "none":
+        return tokens * (layers * block + last)
     q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
-    wide, narrow = BYTES_PER_WEIGHT[precision], BYTES_PER_ACTIVATION[precision]
-    norm = narrow + (8 if config.norm == "rmsnorm" else wide)
+    kept = float(stream)
+    if recompute == "selective":
+        products = 2 * q + 2 * kv + 2 * config.hidden_size + _feed_forward_values(config) / 2
+        kept = min(block, stream + narrow * products + 4 * config.num_heads)
+    elif isinstance(recompute, float):
+        kept = stream + recompute * (block - stream)
+    return int(tokens * (layers * kept + block + last))
+
+
+def _norm_bytes(config: ModelConfig, precision: str) -> int:
+    """What a norm keeps for one value of its input."""
+    wide = 8 if config.norm == "rmsnorm" else BYTES_PER_WEIGHT[precision]
+    return BYTES_PER_ACTIVATION[precision] + wide
+
+
+def _block_bytes(config: ModelConfig, precision: str) -> int:
+    """What a block keeps for one token."""
+    q, kv = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    norm, narrow = _norm_bytes(config, precision), BYTES_PER_ACTIVATION[precision]
     inner = _feed_forward_values(config)
     block = 2 * norm * config.hidden_size + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
     latent = config.latent_attention
@@ -218,7 +251,7 @@ def activation_bytes(config: ModelConfig, micro_batch: int, seq_len: int, precis
         rank, out = latent.kv_lora_rank, config.num_heads * latent.v_head_dim
         block += norm * (rank + (latent.q_lora_rank or 0))
         block += narrow * (rank + latent.qk_rope_head_dim + out)
-    return micro_batch * seq_len * (config.num_layers * block + norm * config.hidden_size)
+    return block
 
 
 def _feed_forward_values(config: ModelConfig) -> int:
@@ -233,7 +266,11 @@ def _feed_forward_values(config: ModelConfig) -> int:
 
 
 def training_memory_bytes(
-    config: ModelConfig, micro_batch: int, seq_len: int, precision: str
+    config: ModelConfig,
+    micro_batch: int,
+    seq_len: int,
+    precision: str,
+    recompute: str | float = "none",
 ) -> int:
     """Estimate of a training step's peak on one device: state, activations, one piece of logits.
 
@@ -243,4 +280,4 @@ def training_memory_bytes(
     rows = min(micro_batch * seq_len, 1024)
     logits = rows * config.token_ids * (4 + BYTES_PER_ACTIVATION[precision])
     state = state_bytes(config, precision)
-    return state + activation_bytes(config, micro_batch, seq_len, precision) + logits
+    return state + activation_bytes(config, micro_batch, seq_len, precision, recompute) + logits

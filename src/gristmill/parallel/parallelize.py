@@ -7,18 +7,34 @@ from torch import nn
 
 from gristmill.parallel.compile import compile_blocks, missing_for_compile
 from gristmill.parallel.mesh import Mesh
+from gristmill.parallel.recompute import recompute as apply_recompute
 from gristmill.parallel.shard import shard
+from gristmill.util.errors import UserError
 
 
 def parallelize(
-    model: nn.Module, mesh: Mesh, device: torch.device, *, compile: str = "auto"
+    model: nn.Module,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    compile: str = "auto",
+    recompute: str | float = "none",
 ) -> str:
     """Make a decoder ready for these processes and this device, in place; says what was done.
 
     The model may be on the meta device: weights are filled in afterwards (see `weights.py`).
     Order matters: later items see what earlier ones made.
     """
+    apply_recompute(model, recompute)
     how = _compile(model, device, compile)
+    if isinstance(recompute, float) and how.startswith("eager"):
+        raise UserError(
+            f"--recompute {recompute:g} needs compiled blocks, and this run is {how}. "
+            "Use --recompute selective or full.",
+            {"--recompute": "selective"},
+        )
+    if recompute != "none":
+        how += f", recomputation {recompute}"
     shard(model, mesh)
     return how
 

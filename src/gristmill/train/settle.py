@@ -36,13 +36,11 @@ from gristmill.track.tracker import check_settings
 from gristmill.train import directory
 from gristmill.train.batch import TokenBatch
 from gristmill.train.length import Length, plan_length
+from gristmill.train.memory import check_recompute, fit_memory
 from gristmill.train.ranges import check_ranges
 from gristmill.util.errors import RunError, UserError
 from gristmill.util.named import load_named
 from gristmill.util.paths import resolve_model_dir
-
-MAX_MICRO_TOKENS = 2**14
-"""Tokens of an `auto` micro-batch at most: beyond it no device gets faster, only fuller."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,7 @@ class Job:
     val_bytes_per_token: float | None
     length: Length
     micro_batch_size: int
+    recompute: str | float
     document_mask: bool
     lr: float
     min_lr: float
@@ -80,6 +79,7 @@ def settle(cfg: Pretrain) -> Job:
     cfg = _weights_of_others(cfg)
     _refuse_what_is_not_there(cfg)
     check_ranges(cfg)
+    check_recompute(cfg.recompute, cfg.compile)
     model = _model(cfg)
     check_config(model)
     _check_start(cfg, model)
@@ -107,7 +107,7 @@ def settle(cfg: Pretrain) -> Job:
         cfg.train, cfg.eval, seq_len=seq_len, num_samples=_epoch(train_set, train), earlier=earlier
     )
     train_set.check_epochs(train, length.total_steps * length.global_batch_size)
-    micro = _micro_batch(cfg, model, precision, length, record)
+    micro, recompute = _micro_batch(cfg, model, precision, length, record)
     job = Job(
         cfg=cfg,
         model=model,
@@ -120,6 +120,7 @@ def settle(cfg: Pretrain) -> Job:
         val_bytes_per_token=val_set.bytes_per_token if val_set else None,
         length=length,
         micro_batch_size=micro,
+        recompute=recompute,
         document_mask=document_mask(cfg.train, train_set),
         lr=lr,
         min_lr=min_lr,
@@ -348,23 +349,24 @@ def _micro_batch(
     precision: str,
     length: Length,
     record: directory.Record | None,
-) -> int:
-    """Samples per forward pass: typed, the earlier run's, or the most that pays and fits."""
+) -> tuple[int, str | float]:
+    """Samples per forward pass: typed, the earlier run's, or the most that pays and fits.
+
+    And the recomputation that they need.
+    """
     typed = cfg.train.micro_batch_size
-    if typed != "auto":
-        if typed < 1:
-            raise UserError(f"--train.micro_batch_size {typed} is not a positive whole number.")
-        return min(typed, length.global_batch_size)
-    if record is not None:
-        return record.micro_batch_size
-    budget = 0.8 * _memory_bytes(choose_device(cfg.device))
-    micro = max(1, MAX_MICRO_TOKENS // length.seq_len)
-    micro = 2 ** (min(micro, length.global_batch_size).bit_length() - 1)
-    while (
-        micro > 1 and counts.training_memory_bytes(model, micro, length.seq_len, precision) > budget
-    ):
-        micro //= 2
-    return micro
+    if typed != "auto" and typed < 1:
+        raise UserError(f"--train.micro_batch_size {typed} is not a positive whole number.")
+    given = record.micro_batch_size if record is not None else None
+    return fit_memory(
+        model,
+        seq_len=length.seq_len,
+        most=length.global_batch_size,
+        precision=precision,
+        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device)),
+        micro_batch=given if typed == "auto" else typed,
+        recompute=cfg.recompute,
+    )
 
 
 def _memory_bytes(device: torch.device) -> float:
