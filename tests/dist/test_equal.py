@@ -38,6 +38,8 @@ MESHES = {
     "shard 4": (4, {}),
     "replicate 2": (2, {"replicate": 2}),
     "hybrid 2x2": (4, {"replicate": 2}),
+    "tensor 2": (2, {"tensor": 2}),
+    "tensor 2, shard 2": (4, {"tensor": 2}),
 }
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from gristmill.config.model import ModelConfig
-from gristmill.config.sections import Parallel
+from gristmill.config.sections import AdamW, Parallel
 from gristmill.formats.model_dir import load_weights
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
+from gristmill.optim.build import build_optimizer
 from gristmill.parallel import gradients
 from gristmill.parallel.mesh import Mesh, close_mesh, open_mesh
 from gristmill.parallel.parallelize import parallelize
@@ -52,7 +53,6 @@ class Case:
     z_loss: float = 0.0
     max_norm: float = 0.5
     weights: Path | None = None
-    fused: bool = True
 
 
 @dataclass
@@ -83,7 +83,7 @@ def build(case: Case, mesh: Mesh) -> tuple[nn.Module, str]:
     with torch.device("meta"):
         model = Decoder(case.config)
     model.to(torch.float32)
-    how = parallelize(model, mesh, CPU, compile=case.compile)
+    how = parallelize(model, mesh, CPU, compile=case.compile, recompute=case.recompute)
     materialize(model, CPU)
     if case.weights is not None:
         load_weights(model, case.weights, put=put)
@@ -111,7 +111,7 @@ def train(case: Case) -> Result:
     mesh = open_mesh(Parallel(**case.sizes), CPU)
     model, how = build(case, mesh)
     result = Result([], [], parameters_of(model), {}, {}, how)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=EPS, fused=case.fused)
+    optimizer = build_optimizer(model, AdamW(lr=1e-2, eps=EPS), CPU)
     for step in range(case.steps):
         inputs, targets, documents = batch_of(step, case)
         num_targets = int((targets != -100).sum())

@@ -24,7 +24,7 @@ from gristmill.models.attention import Attention
 from gristmill.models.cache import KVCache, LayerCache
 from gristmill.models.check import check_config
 from gristmill.models.latent import LatentAttention
-from gristmill.models.loss import IGNORE, linear_cross_entropy
+from gristmill.models.loss import IGNORE, VocabularyShard, linear_cross_entropy
 from gristmill.models.masks import attention_mask, positions_within
 from gristmill.models.mlp import build_mlp
 from gristmill.models.moe import MixtureOfExperts
@@ -94,6 +94,8 @@ class Decoder(nn.Module):
         self.config = config
         self.compiled = False
         """Whether blocks and the loss's softmax are compiled; for the one who does it to set."""
+        self.vocabulary: VocabularyShard | None = None
+        """Which rows of embedding and head this process has; unset: all."""
         # Without torch's own initial values: they are replaced anyway, and making them on the meta
         # device imports the compiler (0.8 s).
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -111,6 +113,15 @@ class Decoder(nn.Module):
     def head_rows(self) -> Tensor:
         """The whole output head, [vocab_size, d]: the embedding where they are one."""
         return self.embed.weight if self.config.tie_embeddings else self.head.weight
+
+    @property
+    def own_head(self) -> tuple[Tensor, Tensor | None]:
+        """The rows of head and bias that this process has."""
+        weight, bias = self.head_rows, self.head_bias
+        if self.vocabulary is None:
+            return weight, bias
+        local = self.vocabulary.local
+        return local(weight), None if bias is None else local(bias)
 
     @property
     def head_weight(self) -> Tensor:
@@ -144,26 +155,35 @@ class Decoder(nn.Module):
         config = self.config
         hidden, balance = self._run(tokens, positions, documents, cache)
         if targets is not None:
+            weight, bias = self.own_head
             loss = linear_cross_entropy(
                 hidden.flatten(0, 1),
-                self.head_rows,
+                weight,
                 targets.flatten(),
-                bias=self.head_bias,
+                bias=bias,
                 softcap=config.logit_softcap,
                 z_loss=z_loss,
                 num_token_ids=config.token_ids,
                 compiled=self.compiled,
+                shard=self.vocabulary,
             )
             if balance is None or config.moe is None:
                 return loss
             return loss + config.moe.balance_loss * balance * (targets != IGNORE).sum()
         if num_logits is not None:
             hidden = hidden[:, hidden.shape[1] - num_logits :]
-        bias = None if self.head_bias is None else self.head_bias[: config.token_ids]
-        logits = F.linear(hidden, self.head_weight, bias)
+        logits = self._logits(hidden)
         if config.logit_softcap is not None:
             logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
         return logits
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of every row that stands for a token."""
+        count = self.config.token_ids
+        if self.vocabulary is not None:
+            return self.vocabulary.gather(F.linear(hidden, *self.own_head))[..., :count]
+        bias = None if self.head_bias is None else self.head_bias[:count]
+        return F.linear(hidden, self.head_weight, bias)
 
     def hidden(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,25 @@ EAGER_ROWS = 32
 """Rows whose powers exist in fp32 at one time where nothing fuses them."""
 
 
+class VocabularyShard(Protocol):
+    """Rows of the vocabulary that this process has, where several share embedding and head."""
+
+    start: int
+    """The first of them."""
+
+    def local(self, rows: Tensor) -> Tensor:
+        """This process's rows of a whole parameter."""
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over the processes; no gradient."""
+
+    def max(self, value: Tensor) -> Tensor:
+        """The largest over the processes; no gradient."""
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """The logits of all rows, in their order, of this process's [..., rows]; no gradient."""
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -31,6 +50,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     num_token_ids: int | None = None,
     compiled: bool = False,
+    shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Summed cross entropy of `hidden @ weight.T + bias` against `targets`, an fp32 scalar.
 
@@ -41,11 +61,16 @@ def linear_cross_entropy(
     no part and get a zero gradient. Products run in the autocast type where autocast is on, sums
     in fp32 (fp64 for fp64 input). Gradients are made together with the loss, a chunk of rows at a
     time, so a backward pass can run once. `compiled` fuses the passes over the logits with
-    torch.compile.
+    torch.compile. With a `shard`, weight and bias are this process's rows of those that several
+    share: they tell each other three numbers a position, never logits, and all get the same loss
+    and the whole gradient of `hidden`.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if _autocast(device) else hidden.dtype
-    how = _How(softcap, z_loss, num_token_ids or weight.shape[0], dtype, compiled)
+    if shard is not None and num_token_ids is not None:
+        num_token_ids = min(max(num_token_ids - shard.start, 0), weight.shape[0])
+    token_rows = weight.shape[0] if num_token_ids is None else num_token_ids
+    how = _How(softcap, z_loss, token_rows, dtype, compiled, shard)
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, how)
 
 
@@ -57,6 +82,7 @@ class _How(NamedTuple):
     num_token_ids: int
     dtype: torch.dtype
     compiled: bool
+    shard: VocabularyShard | None
 
 
 def _autocast(device: str) -> bool:
@@ -69,11 +95,16 @@ def _exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
     The maxima stay in the type of the logits (they are some of them): the code generated for a CPU
     takes two to three times as long when they are widened here.
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
     peak = logits.amax(-1, keepdim=True)
+    return peak.squeeze(-1), _exp_below(logits, peak)
+
+
+def _exp_below(logits: Tensor, peak: Tensor) -> Tensor:
+    """Overwrites `logits` [R, V] with exp(logits - peak), peak [R, 1]; returns sums [R]."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
     powers = (logits.to(wide) - peak).exp().to(logits.dtype)
     logits.copy_(powers)
-    return peak.squeeze(-1), powers.sum(-1, dtype=wide)
+    return powers.sum(-1, dtype=wide)
 
 
 def _eager_exp_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,26 +139,69 @@ def _capped(logits: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
 
 def _powers(logits: Tensor, how: _How, spare: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Powers times the slope of the cap [R, V] over `logits` or in `spare`; row maxima and sums."""
-    if how.softcap is None:
+    if how.softcap is None and how.shard is None:
         exp_rows = _compiled(_exp_rows) if how.compiled else _eager_exp_rows
         return logits, *exp_rows(logits)
+    if how.softcap is None:
+        return _shared_powers(logits, how)
     # tanh of -inf is a number like any other: rows that are no token are left out of it.
     tokens = logits[:, : how.num_token_ids]
+    capped_peak = _capped_peak if spare is None else _compiled(_capped_peak)
+    peaks = capped_peak(tokens, how.softcap)
+    if how.shard is not None:
+        peaks = how.shard.max(peaks)
     if spare is None:
-        parts = []
-        for rows in tokens.split(EAGER_ROWS):
-            peak = _capped_peak(rows, how.softcap)
-            parts.append((peak, _capped_exp_rows(rows, peak, how.softcap, rows)))
-        peaks, totals = (torch.cat(part) for part in zip(*parts))
-        powers = logits
+        pairs = zip(tokens.split(EAGER_ROWS), peaks.split(EAGER_ROWS))
+        parts = [_capped_exp_rows(rows, peak, how.softcap, rows) for rows, peak in pairs]
+        powers, totals = logits, torch.cat(parts)
     else:
         powers = spare[: len(logits)]
-        peaks = _compiled(_capped_peak)(tokens, how.softcap)
         totals = _compiled(_capped_exp_rows)(
             tokens, peaks, how.softcap, powers[:, : how.num_token_ids]
         )
     powers[:, how.num_token_ids :] = 0.0
-    return powers, peaks.squeeze(-1), totals
+    return powers, peaks.squeeze(-1), totals if how.shard is None else how.shard.sum(totals)
+
+
+def _shared_powers(logits: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor]:
+    """Powers over `logits`, row maxima and sums, both over the rows of all processes."""
+    assert how.shard is not None
+    peaks = how.shard.max(logits.amax(-1, keepdim=True))
+    if how.compiled:
+        totals = _compiled(_exp_below)(logits, peaks)
+    else:
+        pairs = zip(logits.split(EAGER_ROWS), peaks.split(EAGER_ROWS))
+        totals = torch.cat([_exp_below(rows, peak) for rows, peak in pairs])
+    return logits, peaks.squeeze(-1), how.shard.sum(totals)
+
+
+class _Targets(NamedTuple):
+    """The logits of the targets of some positions."""
+
+    at: tuple[Tensor, Tensor]
+    """Where they are among this process's; of a target that another has, anywhere."""
+    logit: Tensor
+    """Capped, in wide type [R]."""
+    slope: Tensor | None
+    """Of the cap."""
+    here: Tensor | None
+    """Whether this process has them; None: it has all."""
+
+
+def _targets(logits: Tensor, targets: Tensor, positions: Tensor, how: _How) -> _Targets:
+    here = None
+    if how.shard is not None:
+        targets = targets - how.shard.start
+        here = (targets >= 0) & (targets < logits.shape[1])
+        targets = targets.clamp(max=logits.shape[1] - 1)
+    at = (positions[: len(logits)], targets.clamp(min=0))
+    logit, slope = logits[at].to(torch.promote_types(how.dtype, torch.float32)), None
+    if how.softcap is not None:
+        logit, slope = _capped(logit, how.softcap)
+        logit = logit.masked_fill(targets >= how.num_token_ids, -torch.inf)
+    if how.shard is not None:
+        logit = how.shard.sum(logit.masked_fill(~here, 0.0))
+    return _Targets(at, logit, slope, here)
 
 
 def _accumulate(total: Tensor, part: Tensor) -> None:
@@ -173,24 +247,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + size)
                 part = hidden[rows].to(dtype)
                 valid = targets[rows] != IGNORE
-                at_target = (positions[: len(part)], targets[rows].clamp(min=0))
                 logits = _logits(part, narrow, narrow_bias, buffer[: len(part)])
                 logits[:, how.num_token_ids :] = -torch.inf
-                target_logit, slope = logits[at_target].to(loss.dtype), None
-                if how.softcap is not None:
-                    no_token = targets[rows] >= how.num_token_ids
-                    target_logit, slope = _capped(target_logit, how.softcap)
-                    target_logit = target_logit.masked_fill(no_token, -torch.inf)
+                target = _targets(logits, targets[rows], positions, how)
                 powers, peak, total = _powers(logits, how, spare)
                 peak = peak.to(loss.dtype)
                 lse = peak + total.log()
-                row_loss = lse - target_logit + how.z_loss * lse.square()
+                row_loss = lse - target.logit + how.z_loss * lse.square()
                 loss += row_loss.masked_fill(~valid, 0.0).sum()
                 if not (need_hidden or need_weight or need_bias):
                     continue
                 factor = 1.0 + 2.0 * how.z_loss * lse
-                bracket = (target_logit - peak).exp() - total / factor
-                powers[at_target] = (bracket if slope is None else bracket * slope).to(dtype)
+                bracket = (target.logit - peak).exp() - total / factor
+                if target.slope is not None:
+                    bracket = bracket * target.slope
+                if target.here is not None:
+                    bracket = torch.where(target.here, bracket, powers[target.at])
+                powers[target.at] = bracket.to(dtype)
                 scale = (factor / total).masked_fill(~valid, 0.0).unsqueeze(-1)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (powers @ narrow) * scale
@@ -198,6 +271,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     accumulate(grad_weight, powers.t() @ (part * scale).to(dtype))
                 if grad_bias is not None:
                     grad_bias += (powers.t() @ scale.to(dtype)).squeeze(-1)
+        if grad_hidden is not None and how.shard is not None:
+            grad_hidden = how.shard.sum(grad_hidden)
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         return loss
 

@@ -89,7 +89,7 @@ def parameter_groups(
     """Trained parameters in two groups: matrices decay; norms, biases and embeddings do not.
 
     An output head that is the embedding is an embedding. Parameters whose id is in `without` are
-    somebody else's.
+    somebody else's. Those that lie on processes in different ways have groups of their own.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad and id(p) not in without]
@@ -100,6 +100,14 @@ def parameter_groups(
     groups = [(decay, weight_decay), (no_decay, 0.0)]
     return [
         {"params": params, "weight_decay": amount, "lr": lr, "peak_lr": lr}
-        for params, amount in groups
-        if params
+        for together, amount in groups
+        for params in _by_mesh(together)
     ]
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """The parameters on each mesh of processes: one operation of torch takes those of one only."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(groups.values())

@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from gristmill.parallel.sums import reduced
+
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, sharing its memory; a plain tensor itself."""
@@ -21,9 +23,11 @@ def local(tensor: Tensor) -> Tensor:
 def total_norm(model: nn.Module) -> Tensor:
     """The norm of all gradients together, each number of the model once; the same on all ranks.
 
-    The squares of each part are summed over the ranks that hold the other parts, and over no
-    others. Nothing waits for the host.
+    Called once a step, after the last backward pass, which it completes: gradients that ranks hold
+    parts of are summed. The squares of each part are summed over the ranks that hold the other
+    parts, and over no others. Nothing waits for the host.
     """
+    _sum_over_heads(model)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -39,6 +43,24 @@ def total_norm(model: nn.Module) -> Tensor:
         dist.all_reduce(summed, group=axis.get_group())
         squares = torch.where(here, summed, squares)
     return squares.sum().sqrt()
+
+
+def _sum_over_heads(model: nn.Module) -> None:
+    """Sum the gradients of norms that see only this process's heads, all in one message."""
+    vocabulary = getattr(model, "vocabulary", None)
+    if vocabulary is None:
+        return
+    gradients = [
+        local(parameter.grad)
+        for module in model.modules()
+        if getattr(module, "sees_part_of_the_heads", False)
+        for parameter in module.parameters()
+        if parameter.grad is not None
+    ]
+    if gradients:
+        whole = reduced(torch.cat([g.flatten() for g in gradients]), vocabulary.axis)
+        parts = whole.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients)])
 
 
 def _cut_over(gradient: Tensor) -> tuple[DeviceMesh, ...]:

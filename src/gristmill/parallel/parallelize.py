@@ -9,6 +9,7 @@ from gristmill.parallel.compile import compile_blocks, missing_for_compile
 from gristmill.parallel.mesh import Mesh
 from gristmill.parallel.recompute import recompute as apply_recompute
 from gristmill.parallel.shard import shard
+from gristmill.parallel.tensor import share_products
 from gristmill.util.errors import UserError
 
 
@@ -25,6 +26,7 @@ def parallelize(
     The model may be on the meta device: weights are filled in afterwards (see `weights.py`).
     Order matters: later items see what earlier ones made.
     """
+    share_products(model, mesh)
     apply_recompute(model, recompute)
     how = _compile(model, device, compile)
     if isinstance(recompute, float) and how.startswith("eager"):
