@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import ModelConfig, RopeScaling
 from gristmill.data.reading.stream import Batch
 from gristmill.models.attention import _CausalAttention, attend
 from gristmill.models.decoder import Decoder
@@ -124,6 +124,32 @@ def test_without_the_mask_documents_do_look_at_each_other():
     _, same_targets, documents = next(masked.micro_batches(4))
     with_mask = other(inputs, same_targets, documents=documents).item()
     assert model(inputs, same_targets).item() != pytest.approx(with_mask, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        RopeScaling(kind="dynamic", factor=3.0, original_max_seq_length=4),
+        RopeScaling(
+            kind="longrope",
+            original_max_seq_length=4,
+            short_factors=(1.0, 1.5, 2.0, 2.5),
+            long_factors=(1.5, 3.0, 5.0, 7.0),
+        ),
+    ],
+)
+def test_rotation_that_depends_on_the_length_takes_that_of_each_document(scaling):
+    model = model_of(config(rope_scaling=scaling))
+    for block in model.layers:  # scores that differ, so that rotation shows
+        torch.nn.init.normal_(block.attn.q.weight, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    lengths = [[3, 6, 7], [16]]
+    documents = [torch.arange(len(n)).repeat_interleave(torch.tensor(n)) for n in lengths]
+    together = model.hidden(tokens, documents=torch.stack(documents))
+    for row, parts in enumerate(lengths):
+        alone = torch.cat([model.hidden(t[None]) for t in tokens[row].split(parts)], 1)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model.hidden(tokens)[0, :3], together[0, :3], atol=1e-2)
 
 
 def test_positions_begin_anew_in_each_document():
