@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING
 from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
 
 if TYPE_CHECKING:
-    from gristmill.data.preparation.job import Executor
     from gristmill.train.settle import Job
 
 
-def settle_elsewhere(
-    cfg: Pretrain, kind: str, prepare_with: Executor | None = None
-) -> tuple[Job, Pretrain]:
+def settle_elsewhere(cfg: Pretrain, kind: str) -> tuple[Job, Pretrain]:
     """The job as this machine sees it, and the settings that workers with devices `kind` read.
 
-    Every mistake that can be found here is, before anything is started. `prepare_with` prepares raw
-    text, unset: this machine's cores.
+    Raw text is prepared, and every mistake that can be found here is, before anything is started.
     """
     import torch
 
@@ -30,27 +26,23 @@ def settle_elsewhere(
         # A machine that only submits: what GPUs compute with is stood in for by name.
         precision = "bf16-mixed" if cfg.precision == "auto" else cfg.precision
         here = dataclasses.replace(cfg, device="cpu", precision=precision)
-    job = settle(here) if prepare_with is None else settle(here, prepare_with=prepare_with)
+    job = settle(here)
     theirs = dataclasses.replace(
         job.cfg,
         device=kind,
         precision=cfg.precision,
         out_dir=str(job.out_dir.resolve()),
         launcher="auto",
-        num_nodes=1,
-        devices="auto",
         ray=RayWorkers(),
         slurm=SlurmJob(),
     )
     return job, theirs
 
 
-def record_of(out_dir: Path) -> tuple[int, int] | None:
-    """Tells whether a run's record has been written since."""
-    from gristmill.train.directory import RUN_FILE
-
+def stamp(file: Path) -> tuple[int, int] | None:
+    """Tells whether a file has been written since; None where there is none."""
     try:
-        found = (out_dir / RUN_FILE).stat()
+        found = file.stat()
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gristmill.launch.worker import LAUNCHER
 from gristmill.parallel.mesh import RENDEZVOUS
 from gristmill.util.errors import Interrupted, RunError
-from gristmill.util.reports import REPORTS, read_report
+from gristmill.util.reports import FINAL, LAUNCHER, REPORTS, read_report
 
 POLL_S = 0.1
 LEAVE_S = 120.0
@@ -32,8 +31,6 @@ LEAVE_S = 120.0
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LAST_LINES = 15
 """Of a worker that died without a word and does not write to the terminal."""
-FINAL = ("user", "run", "interrupted")
-"""Endings that another attempt would only repeat, the most telling first."""
 
 
 def run_workers(command: Callable[[int], Sequence[str]], count: int, *, max_restarts: int) -> None:

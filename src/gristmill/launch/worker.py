@@ -13,10 +13,7 @@ from collections.abc import Callable
 
 from gristmill.checkpoint.ranks import OtherRankError
 from gristmill.util.errors import Interrupted, RunError, UserError
-from gristmill.util.reports import FAILED, REPORTS, Report, report
-
-LAUNCHER = "GRISTMILL_LAUNCHER"
-"""Environment variable: process id of the launcher."""
+from gristmill.util.reports import FAILED, LAUNCHER, REPORTS, Report, report
 
 PR_SET_PDEATHSIG = 1
 PARENT_POLL_S = 1.0

@@ -16,8 +16,13 @@ from gristmill.util.errors import Interrupted, RunError, UserError
 
 REPORTS = "GRISTMILL_REPORTS"
 """Environment variable: the folder in which workers tell their launcher how they ended."""
+LAUNCHER = "GRISTMILL_LAUNCHER"
+"""Environment variable: process id of the launcher."""
 FAILED = 70
 """Exit code of a worker for a failure that another attempt may not have."""
+
+FINAL = ("user", "run", "interrupted")
+"""Endings that another attempt would only repeat, the most telling first."""
 
 
 @dataclass(frozen=True)

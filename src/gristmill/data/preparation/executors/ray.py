@@ -59,20 +59,23 @@ def run(
         )
     if not units:
         return []
-    with _connected(settings.address) as ray:
+    with connected(settings.address, "--executor") as ray:
         return _Flight(ray, task, settings, on_progress).run(units)
 
 
 @contextlib.contextmanager
-def _connected(address: str) -> Iterator[Any]:
-    """Ray, connected; a connection that the program had before is left as it is."""
+def connected(address: str, option: str) -> Iterator[Any]:
+    """Ray, connected; a connection that the program had before is left as it is.
+
+    `option` is the one that asked for Ray, to be named where there is none.
+    """
     try:
         import ray
     except ImportError as error:
         raise UserError(
-            "--executor ray needs Ray, which is not installed. install it with "
-            "`pip install 'gristmill[ray]'`, or use --executor local.",
-            fix={"--executor": "local"},
+            f"{option} ray needs Ray, which is not installed. install it with "
+            f"`pip install 'gristmill[ray]'`, or use {option} local.",
+            fix={option: "local"},
         ) from error
     if ray.is_initialized():
         yield ray
