@@ -40,6 +40,12 @@ MESHES = {
     "hybrid 2x2": (4, {"replicate": 2}),
     "tensor 2": (2, {"tensor": 2}),
     "tensor 2, shard 2": (4, {"tensor": 2}),
+    "context 2": (2, {"context": 2}),
+    "context 4": (4, {"context": 4}),
+    "context 2, shard 2": (4, {"context": 2}),
+    "context 2, tensor 2": (4, {"context": 2, "tensor": 2}),
+    "context 2, replicate 2": (4, {"context": 2, "replicate": 2}),
+    "tensor 2, replicate 2": (4, {"tensor": 2, "replicate": 2}),
 }
 
 

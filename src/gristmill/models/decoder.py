@@ -13,7 +13,8 @@ A block, with x the residual stream; a normalisation that a model lacks does not
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from gristmill.models.cache import KVCache, LayerCache
 from gristmill.models.check import check_config
 from gristmill.models.latent import LatentAttention
 from gristmill.models.loss import IGNORE, VocabularyShard, linear_cross_entropy
-from gristmill.models.masks import attention_mask, positions_within
+from gristmill.models.masks import attention_mask, lengths_within, mask_between, positions_within
 from gristmill.models.mlp import build_mlp
 from gristmill.models.moe import MixtureOfExperts
 from gristmill.models.norm import build_norm
@@ -80,6 +81,21 @@ class Block(nn.Module):
         return self.mlp(x) if self.has_experts else (self.mlp(x), None)
 
 
+class SequenceShard(Protocol):
+    """Positions of every row that this process computes, where several share them."""
+
+    start: int
+
+    def positions(self, length: int, device: torch.device) -> Tensor:
+        """They, of rows of `length` tokens, int64 [T]."""
+
+    def key_positions(self, length: int, device: torch.device) -> Tensor:
+        """The positions of what `append` returns, int64 [length]."""
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """What attention looks at: tensors [B, heads, T, width] of all processes."""
+
+
 class Decoder(nn.Module):
     """A causal language model; builds on any device, meta included (weights then come later).
 
@@ -96,6 +112,8 @@ class Decoder(nn.Module):
         """Whether blocks and the loss's softmax are compiled; for the one who does it to set."""
         self.vocabulary: VocabularyShard | None = None
         """Which rows of embedding and head this process has; unset: all."""
+        self.sequence: SequenceShard | None = None
+        """Which positions this process computes when it is given targets; unset: all."""
         # Without torch's own initial values: they are replaced anyway, and making them on the meta
         # device imports the compiler (0.8 s).
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -150,10 +168,16 @@ class Decoder(nn.Module):
         keeps attention and positions inside each (see `masks.py`). With a cache the tokens
         continue what it holds. `num_logits` keeps the last so many positions' logits only. In
         training the loss of a model with experts includes, per counted target, `balance_loss`
-        times the mean over its blocks of how uneven their load is.
+        times the mean over its blocks of how uneven their load is. Where processes share positions
+        the loss is that of this one's.
         """
         config = self.config
-        hidden, balance = self._run(tokens, positions, documents, cache)
+        if self.sequence is not None and targets is not None:
+            own = self.sequence.positions(tokens.shape[1], tokens.device)
+            targets = targets[:, own]
+            hidden, balance = self._run_shared(tokens, positions, documents, self.sequence)
+        else:
+            hidden, balance = self._run(tokens, positions, documents, cache)
         if targets is not None:
             weight, bias = self.own_head
             loss = linear_cross_entropy(
@@ -207,24 +231,60 @@ class Decoder(nn.Module):
         assert cache is None or documents is None, "a cache is for one text a row"
         start = 0 if cache is None else cache.length
         length = tokens.shape[1]
+        context: int | Tensor = start + length
         if documents is not None:
-            positions = positions_within(documents)
+            positions, context = positions_within(documents), lengths_within(documents)
         elif positions is None:
             positions = torch.arange(start, start + length, device=tokens.device)
-        x = self._embedded(tokens, positions)
         masks, tables = (
-            self._masks(start, length, x.device, documents),
-            self._tables(positions, start + length),
+            self._masks(start, length, tokens.device, documents),
+            self._tables(positions, context),
         )
+        x = self._embedded(tokens, positions)
+        caches = None if cache is None else [cache.layer(i) for i in range(len(self.layers))]
+        out = self._through_blocks(x, tables, masks, caches)
+        if cache is not None:
+            cache.length += length
+        return out
+
+    def _run_shared(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        documents: Tensor | None,
+        shard: SequenceShard,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same for this process's positions of rows that several share, [B, T / ranks, d]."""
+        length, device = tokens.shape[1], tokens.device
+        own, keys = shard.positions(length, device), shard.key_positions(length, device)
+        context: int | Tensor = length
+        if documents is not None:
+            positions, context = positions_within(documents), lengths_within(documents)[:, own]
+        positions = own if positions is None else positions[..., own]
+        masks = {
+            window: mask_between(own, keys, window=window, documents=documents)
+            for window in dict.fromkeys(self.config.windows)
+        }
+        x = self._embedded(tokens[:, own], positions)
+        return self._through_blocks(
+            x, self._tables(positions, context), masks, [shard] * len(self.layers)
+        )
+
+    def _through_blocks(
+        self,
+        x: Tensor,
+        tables: dict[bool, tuple[Tensor, Tensor]],
+        masks: dict[int | None, Any],
+        caches: Sequence[Any] | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x after all blocks and the last norm, and how uneven the load of their experts is."""
         losses = []
         for index, block in enumerate(self.layers):
             cos, sin = tables[block.window is not None] if block.rotates else (None, None)
-            layer_cache = None if cache is None else cache.layer(index)
-            x, balance = block(x, cos, sin, masks[block.window], layer_cache)
+            cache = None if caches is None else caches[index]
+            x, balance = block(x, cos, sin, masks[block.window], cache)
             if balance is not None:
                 losses.append(balance)
-        if cache is not None:
-            cache.length += length
         return self.norm(x), torch.stack(losses).mean() if losses else None
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -255,7 +315,7 @@ class Decoder(nn.Module):
             for window in dict.fromkeys(self.config.windows)
         }
 
-    def _tables(self, positions: Tensor, length: int) -> dict[bool, tuple[Tensor, Tensor]]:
+    def _tables(self, positions: Tensor, length: int | Tensor) -> dict[bool, tuple[Tensor, Tensor]]:
         """Rotary tables of the blocks without a sliding window (False), and with it (True)."""
         if not any(self.config.rotates):
             return {}

@@ -21,6 +21,12 @@ def positions_within(documents: Tensor) -> Tensor:
     return index - torch.where(first, index, 0).cummax(1).values
 
 
+def lengths_within(documents: Tensor) -> Tensor:
+    """How many tokens the document of each token has in its row, int64 [B, T]."""
+    behind = positions_within(documents.flip(1)).flip(1)
+    return positions_within(documents) + behind + 1
+
+
 def attention_mask(
     start: int,
     length: int,
@@ -49,6 +55,25 @@ def attention_mask(
     if documents is not None:
         return visible & (documents.unsqueeze(2) == documents.unsqueeze(1)).unsqueeze(1)
     return visible[None, None]
+
+
+def mask_between(
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    window: int | None = None,
+    documents: Tensor | None = None,
+) -> Tensor:
+    """The same rule where tokens at positions `queries` [T] look at those at `keys` [S], any order.
+
+    `documents` [B, length] is of the whole row. bool [B or 1, 1, T, S], True = may look.
+    """
+    behind = queries.unsqueeze(1) - keys
+    visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
+    if documents is None:
+        return visible[None, None]
+    same = documents[:, queries].unsqueeze(2) == documents[:, keys].unsqueeze(1)
+    return (visible & same).unsqueeze(1)
 
 
 def _block_mask(

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from gristmill.parallel.compile import compile_blocks, missing_for_compile
+from gristmill.parallel.context import share_positions
 from gristmill.parallel.mesh import Mesh
 from gristmill.parallel.recompute import recompute as apply_recompute
 from gristmill.parallel.shard import shard
@@ -27,6 +28,7 @@ def parallelize(
     Order matters: later items see what earlier ones made.
     """
     share_products(model, mesh)
+    share_positions(model, mesh)
     apply_recompute(model, recompute)
     how = _compile(model, device, compile)
     if isinstance(recompute, float) and how.startswith("eager"):
