@@ -11,6 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from gristmill.util.paths import user_cache_dir
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def missing_for_compile(device: torch.device) -> str | None:
     """What the compiler lacks on this machine, in words; None when it can run."""
@@ -27,6 +31,27 @@ def missing_for_compile(device: torch.device) -> str | None:
     return None
 
 
+def keep_what_is_compiled() -> None:
+    """Have the compiler keep its work in the user's cache directory, for the next run.
+
+    torch's own place is the system's folder for temporary files, which is emptied between runs of
+    a container or a batch job. Where `TORCHINDUCTOR_CACHE_DIR` is set, or the user has no place to
+    write to, nothing changes.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing parts of torch sets the variable to its default.
+    if os.environ.get(CACHE_VARIABLE, default_cache_dir()) != default_cache_dir():
+        return
+    folder = user_cache_dir() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        os.environ[CACHE_VARIABLE] = str(folder)
+
+
 def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None:
     """Compile every block in place; parameter names stay as they are.
 
@@ -40,6 +65,7 @@ def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None
         # Without this, two biases that meet in a parallel residual are a C++ compile error when
         # their gradients are bf16 (torch 2.13).
         options = {"cpp.max_horizontal_fusion_size": 1}
+    keep_what_is_compiled()
     for block in model.layers:
         block.compile(dynamic=False, options=options)
     model.compiled = True
