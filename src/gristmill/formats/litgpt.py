@@ -228,8 +228,7 @@ def write(
     if config.tie_embeddings:
         same[HEAD] = EMBEDDING
         shapes[HEAD] = shapes[EMBEDDING]
-    # A bias that decides which experts are visited is large against the differences it makes.
-    dtypes = {n: torch.float32 if n.endswith(table.EXACT) else dtype for n in shapes}
+    dtypes = {name: torch.float32 if name in theirs.wide else dtype for name in shapes}
     hf_words = _hugging_face_words(config, dtype)
     with building(out) as directory:
         write_torch_file(directory / WEIGHTS, shapes, dtypes, theirs.__getitem__, same=same)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gristmill.config.model import MixtureOfExperts, ModelConfig
+from gristmill.config.model import MixtureOfExperts, ModelConfig, RopeScaling
 from gristmill.util.errors import UserError
 
 
@@ -36,7 +36,31 @@ def check_config(config: ModelConfig) -> None:
             f"num_token_ids {config.num_token_ids} is more than vocab_size {config.vocab_size}. "
             f"Set vocab_size to at least {config.num_token_ids}."
         )
+    if min(config.num_layers, config.kv_heads - 1) < 0:
+        raise UserError(
+            f"num_layers is {config.num_layers} and num_kv_heads {config.kv_heads}. "
+            "Use positive numbers."
+        )
+    _check_scaling(config.rope_scaling, rotated)
     _check_parts(config)
+
+
+def _check_scaling(scaling: RopeScaling | None, rotated: int) -> None:
+    """UserError for a change of the rotary frequencies that has no numbers for some of them."""
+    if scaling is None:
+        return
+    if scaling.kind == "longrope":
+        counts = [len(f or ()) for f in (scaling.short_factors, scaling.long_factors)]
+        if counts != [rotated // 2] * 2:
+            raise UserError(
+                f"longrope has {counts[0]} short_factors and {counts[1]} long_factors for the "
+                f"{rotated // 2} frequencies of a head. Give one for each."
+            )
+    if scaling.kind == "dynamic" and rotated < 4:
+        raise UserError(
+            f"dynamic scaling spreads frequencies, and a head that rotates {rotated} values has "
+            "one. Choose linear, or wider heads."
+        )
 
 
 def _check_parts(config: ModelConfig) -> None:

@@ -29,24 +29,25 @@ def rotary_dim(config: ModelConfig) -> int:
 
 def frequencies(
     config: ModelConfig,
-    length: int = 0,
+    length: int | Tensor = 0,
     *,
     local: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Angle per position, float32 [rotary_dim / 2]: theta^(-2i / rotary_dim) (arXiv:2104.09864).
 
-    `length` counts the tokens of the context, which dynamic and longrope scaling depend on.
+    `length` counts the tokens of the context, which dynamic and longrope scaling depend on; of
+    lengths [..., T] each has frequencies of its own, [..., T, rotary_dim / 2], under these two.
     `local` gives the frequencies of the blocks with a sliding window, which are never scaled.
     """
     dim = rotary_dim(config)
     scaling = None if local else config.rope_scaling
     theta = (config.rope_local_theta or config.rope_theta) if local else config.rope_theta
-    if scaling is not None and scaling.kind == "dynamic":
-        theta = _dynamic_theta(theta, dim, scaling, length)
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    if scaling is not None and scaling.kind == "dynamic":
+        return 1.0 / _dynamic_theta(theta, dim, scaling, length, device) ** exponent
     inverse = 1.0 / (theta**exponent)
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None:
         return inverse
     if scaling.kind == "linear":
         return inverse / scaling.factor
@@ -57,16 +58,23 @@ def frequencies(
     return _by_wavelength(inverse, scaling)
 
 
-def _dynamic_theta(theta: float, dim: int, scaling: RopeScaling, length: int) -> float:
-    """The base that spreads the frequencies over `length` tokens (dynamic NTK-aware scaling,
+def _dynamic_theta(
+    theta: float,
+    dim: int,
+    scaling: RopeScaling,
+    length: int | Tensor,
+    device: torch.device | str | None,
+) -> Tensor:
+    """The base [..., 1] that spreads the frequencies over `length` tokens (dynamic NTK-aware,
     https://www.reddit.com/r/LocalLLaMA/comments/14mrgpr; also arXiv:2309.00071, section 3.3).
 
     Unchanged up to the original context. It grows with the context, so keys that were cached in a
     shorter one keep the angles they had.
     """
     original = scaling.original_max_seq_length
-    growth = scaling.factor * max(length, original) / original - (scaling.factor - 1)
-    return theta * growth ** (dim / (dim - 2))
+    tokens = torch.as_tensor(length, dtype=torch.float64, device=device).clamp(min=original)
+    growth = scaling.factor * tokens / original - (scaling.factor - 1)
+    return (theta * growth ** (dim / (dim - 2))).float().unsqueeze(-1)
 
 
 def _yarn(inverse: Tensor, theta: float, dim: int, scaling: RopeScaling) -> Tensor:
@@ -90,18 +98,22 @@ def _yarn(inverse: Tensor, theta: float, dim: int, scaling: RopeScaling) -> Tens
     return inverse * (1 - stretched) + inverse / scaling.factor * stretched
 
 
-def _longrope_divisors(inverse: Tensor, scaling: RopeScaling, length: int) -> Tensor:
+def _longrope_divisors(inverse: Tensor, scaling: RopeScaling, length: int | Tensor) -> Tensor:
     """A divisor for each frequency (arXiv:2402.13753): searched for short and for long contexts.
 
     All positions take the long ones as soon as the context is longer than the original one, so
     keys that were cached before keep the angles they had.
     """
-    is_long = length > scaling.original_max_seq_length
-    divisors = (scaling.long_factors if is_long else scaling.short_factors) or ()
-    assert len(divisors) == len(inverse), (
+    short, long = (
+        torch.tensor(factors or (), dtype=torch.float32, device=inverse.device)
+        for factors in (scaling.short_factors, scaling.long_factors)
+    )
+    assert len(short) == len(long) == len(inverse), (
         f"longrope needs {len(inverse)} factors for short and long contexts"
     )
-    return torch.tensor(divisors, dtype=torch.float32, device=inverse.device)
+    tokens = torch.as_tensor(length, device=inverse.device)
+    is_long = tokens > scaling.original_max_seq_length
+    return torch.where(is_long.unsqueeze(-1), long, short)
 
 
 def _by_wavelength(inverse: Tensor, scaling: RopeScaling) -> Tensor:
@@ -137,13 +149,13 @@ def attention_factor(scaling: RopeScaling | None) -> float:
 
 
 def rope_tables(
-    config: ModelConfig, positions: Tensor, length: int, *, local: bool = False
+    config: ModelConfig, positions: Tensor, length: int | Tensor, *, local: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle: float32 [..., T, 1, rotary_dim / 2] for positions [..., T].
 
     The axis of length one is where the heads go. `length` counts the tokens from the start of the
-    context to the last position; `local` asks for the blocks with a sliding window. Both carry the
-    `attention_factor` of the scaling.
+    context to the last position, or to the end of each token's document, int64 [B, T]. `local` asks
+    for the blocks with a sliding window. Both carry the `attention_factor` of the scaling.
     """
     # Products of two numbers each, which autocast leaves alone: bf16 angles would be wrong by whole
     # turns at long positions.

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import ModelConfig, RopeScaling
 from gristmill.models import zoo
 from gristmill.models.check import check_config
 from gristmill.models.decoder import Decoder
@@ -26,6 +26,16 @@ def test_every_named_model_is_sound():
         ({"num_token_ids": 40000}, "num_token_ids 40000 is more than vocab_size 32000"),
         ({"num_heads": 0, "head_dim": 64}, "num_heads is 0"),
         ({"intermediate_size": -1}, "intermediate_size is -1"),
+        ({"num_layers": -1}, "num_layers is -1"),
+        ({"num_kv_heads": -1}, "num_kv_heads -1"),
+        (
+            {"rope_scaling": RopeScaling(kind="longrope", short_factors=(1.0,) * 32)},
+            "32 short_factors and 0 long_factors for the 32 frequencies",
+        ),
+        (
+            {"num_heads": 384, "rope_scaling": RopeScaling(kind="dynamic")},
+            "a head that rotates 2 values has one",
+        ),
     ],
 )
 def test_what_makes_no_model_is_refused(change, message):

@@ -10,7 +10,7 @@ from gristmill.models.attention import _CausalAttention, attend
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
 from gristmill.models.loss import IGNORE
-from gristmill.models.masks import attention_mask, positions_within
+from gristmill.models.masks import attention_mask, lengths_within, positions_within
 from gristmill.parallel.compile import compile_blocks, missing_for_compile
 from gristmill.train.batch import TokenBatch
 
@@ -138,7 +138,7 @@ def test_without_the_mask_documents_do_look_at_each_other():
         ),
     ],
 )
-def test_rotation_that_depends_on_the_length_takes_that_of_each_document(scaling):
+def test_rotation_that_depends_on_the_length_takes_that_of_each_document(scaling, monkeypatch):
     model = model_of(config(rope_scaling=scaling))
     for block in model.layers:  # scores that differ, so that rotation shows
         torch.nn.init.normal_(block.attn.q.weight, generator=torch.Generator().manual_seed(1))
@@ -149,11 +149,15 @@ def test_rotation_that_depends_on_the_length_takes_that_of_each_document(scaling
     for row, parts in enumerate(lengths):
         alone = torch.cat([model.hidden(t[None]) for t in tokens[row].split(parts)], 1)
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(model.hidden(tokens)[0, :3], together[0, :3], atol=1e-2)
+    of_rows = "gristmill.models.decoder.lengths_within"
+    monkeypatch.setattr(of_rows, lambda documents: torch.full_like(documents, 16))
+    otherwise = model.hidden(tokens, documents=torch.stack(documents))
+    assert (otherwise - together)[0].abs().max() > 1e-3
 
 
 def test_positions_begin_anew_in_each_document():
     documents = torch.tensor([[0, 0, 1, 1, 1, 4], [2, 3, 3, 3, 3, 3]])
+    assert lengths_within(documents).tolist() == [[2, 2, 3, 3, 3, 1], [1, 5, 5, 5, 5, 5]]
     assert positions_within(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 0, 1, 2, 3, 4]]
 
 

@@ -153,25 +153,22 @@ def family_for(config: ModelConfig) -> ModelConfig:
 
 def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict` of a `ModelConfig`; UserError names an unknown key."""
-    known = {field.name for field in fields(ModelConfig)}
-    unknown = sorted(set(raw) - known)
+    parts: dict[str, Any] = {
+        "rope_scaling": RopeScaling,
+        "moe": MixtureOfExperts,
+        "latent_attention": LatentAttention,
+    }
+    made = {key: _made(kind, raw[key]) for key, kind in parts.items() if raw.get(key)}
+    config: ModelConfig = _made(ModelConfig, raw | made)
+    return config
+
+
+def _made(kind: Any, raw: dict[str, Any]) -> Any:
+    """A configuration of its fields in JSON, which has lists for tuples."""
+    unknown = sorted(set(raw) - {field.name for field in fields(kind)})
     if unknown:
         raise UserError(
             f"The model configuration has unknown settings ({', '.join(unknown)}). "
             "Update gristmill: a newer version wrote it."
         )
-    nested = {
-        "rope_scaling": RopeScaling,
-        "moe": MixtureOfExperts,
-        "latent_attention": LatentAttention,
-    }
-    values = {key: _tuples(value) for key, value in raw.items()}
-    for key, kind in nested.items():
-        if values.get(key):
-            values[key] = kind(**{k: _tuples(v) for k, v in values[key].items()})
-    return ModelConfig(**values)
-
-
-def _tuples(value: Any) -> Any:
-    """JSON has lists where our configurations have tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})

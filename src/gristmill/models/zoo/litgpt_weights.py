@@ -51,7 +51,6 @@ ENDS = (
     Weight("transformer.wte.weight", ("embed.weight",)),
 )
 DROPPED = r"(^|\.)(cos|sin|rope_cache|mask_cache|inv_freq|kv_cache\.[kv])$"
-EXACT = "e_score_correction_bias"
 """The tensor that stays in fp32."""
 WRAPPERS = ("_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "module.")
 """What torch.compile, Fabric and FSDP put into names."""
@@ -110,7 +109,7 @@ def _with_layouts(table: list[Weight], layouts: dict[str, str]) -> list[Weight]:
 def _experts() -> list[Weight]:
     out = [
         Weight(f"{BLOCK}mlp.gate.weight", (f"{OURS}mlp.router.weight",)),
-        Weight(f"{BLOCK}mlp.gate.{EXACT}", (f"{OURS}mlp.selection_bias",)),
+        Weight(f"{BLOCK}mlp.gate.e_score_correction_bias", (f"{OURS}mlp.selection_bias",)),
     ]
     for theirs, ours in {"fc_1": "gate", "fc_2": "up", "proj": "down"}.items():
         out.append(
