@@ -1,7 +1,7 @@
 """Processes that work together: `ranks(4, function, *args)` runs a function on each of them.
 
-Four processes are started once and used again by every test, since it is importing torch that
-takes long. They end with the process that started them, however that ends.
+Four processes are started once and used again by every test. They are copies of one that has
+imported what takes long, and they end with the process of the tests, however that ends.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from typing import Any
 import pytest
 
 PR_SET_PDEATHSIG = 1
+PRELOADED = [
+    "gristmill.checkpoint.load",
+    "gristmill.checkpoint.save",
+    "gristmill.formats.hf",
+    "gristmill.optim.build",
+    "gristmill.parallel.parallelize",
+    "torch.optim",
+]
 MOST = 4
 TIMEOUT_S = 120.0
 
@@ -63,10 +71,11 @@ class Ranks:
         self._workers = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         for _ in range(MOST):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -93,12 +102,11 @@ class Ranks:
         return results
 
 
-def _serve(pipe: multiprocessing.connection.Connection, parent: int) -> None:
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
     """Run what comes through the pipe, one after the other."""
+    # The server that this is a copy of ends when the tests do.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch

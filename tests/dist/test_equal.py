@@ -9,7 +9,15 @@ import dataclasses
 
 import pytest
 import torch
-from training import TINY, Case, Result, alone, train
+from training import CPU, TINY, Case, Result, alone, batch_of, build, train
+
+from gristmill.config.model import ModelConfig
+from gristmill.config.sections import Parallel
+from gristmill.formats.hf import write
+from gristmill.models.counts import parameter_shapes
+from gristmill.models.decoder import Decoder
+from gristmill.models.init import init_weights
+from gristmill.parallel.mesh import close_mesh, open_mesh
 
 LOSS, GRADIENT, WEIGHT = 2e-6, 1e-5, 2e-5
 """Tolerances: relative to the loss or norm; to the largest number of a gradient; absolute, where
@@ -18,6 +26,10 @@ three steps of AdamW move a number by up to 3e-2."""
 
 def replaced(case: Case, **changes: object) -> Case:
     return dataclasses.replace(case, **changes)
+
+
+def changed(**changes: object) -> ModelConfig:
+    return dataclasses.replace(TINY, **changes)
 
 
 def assert_same(got: Result, wanted: Result) -> None:
@@ -58,6 +70,62 @@ def test_a_mesh_trains_like_one_process(ranks, mesh):
         assert_same(result, wanted)
 
 
+PARTS = {
+    "packed documents, z-loss": {"documents": True, "z_loss": 0.01},
+    "norms inside heads": {"config": changed(qk_norm="head")},
+    "one key-value head each, tied": {"config": changed(tie_embeddings=True, head_dim=12)},
+    "windows, caps": {
+        "config": changed(
+            sliding_window=5,
+            sliding_pattern=(True, False),
+            rope_local_theta=500.0,
+            attention_softcap=3.0,
+            logit_softcap=2.0,
+            post_norm=True,
+            norm_unit_offset=True,
+            embedding_scale=5.0,
+            tie_embeddings=True,
+        )
+    },
+    "GPT-NeoX": {
+        "config": changed(
+            norm="layernorm",
+            parallel_residual=True,
+            mlp="plain",
+            activation="gelu",
+            num_kv_heads=4,
+            qkv_bias=True,
+            attention_out_bias=True,
+            mlp_bias=True,
+            head_bias=True,
+            rope_fraction=0.25,
+        )
+    },
+    "GPT-2": {
+        "config": changed(
+            norm="layernorm",
+            positions="learned",
+            mlp="plain",
+            qkv_bias=True,
+            attention_out_bias=True,
+            mlp_bias=True,
+            tie_embeddings=True,
+            qkv_clip=0.02,
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("mesh", ["tensor 2, shard 2", "context 2, tensor 2"])
+def test_parts_of_models_on_meshes(ranks, mesh, parts):
+    world, sizes = MESHES[mesh]
+    case = Case(steps=2, **PARTS[parts])
+    wanted = alone(case)
+    for result in ranks(world, train, replaced(case, sizes=sizes)):
+        assert_same(result, wanted)
+
+
 @pytest.mark.parametrize("mesh", ["shard 2", "hybrid 2x2"])
 def test_micro_batches_change_nothing(ranks, mesh):
     world, sizes = MESHES[mesh]
@@ -67,9 +135,80 @@ def test_micro_batches_change_nothing(ranks, mesh):
         assert_same(result, wanted)
 
 
-def test_a_tied_embedding_stays_one_parameter(ranks):
-    case = Case(config=dataclasses.replace(TINY, tie_embeddings=True), steps=2)
-    wanted = alone(case)
-    assert "head.weight" not in wanted.weights
-    for result in ranks(2, train, case):
+@pytest.mark.parametrize("mesh", ["shard 2", "context 2, tensor 2"])
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(ranks, mesh, recompute):
+    world, sizes = MESHES[mesh]
+    case = Case(steps=2, recompute=recompute, documents=True)
+    wanted = alone(replaced(case, recompute="none"))
+    assert_same(alone(case), wanted)
+    for result in ranks(world, train, replaced(case, sizes=sizes)):
         assert_same(result, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("mesh", ["shard 2", "tensor 2, shard 2", "context 2, tensor 2"])
+def test_compiled_blocks_change_nothing(ranks, mesh, recompute):
+    world, sizes = MESHES[mesh]
+    case = Case(steps=2, config=changed(qk_norm="head"), documents=True)
+    wanted = alone(case)
+    case = replaced(case, compile="auto", recompute=recompute)
+    assert_same(alone(case), wanted)
+    for result in ranks(world, train, replaced(case, sizes=sizes), timeout_s=600):
+        assert result.how.startswith("compiled")
+        assert_same(result, wanted)
+
+
+def storages(case: Case) -> tuple[list[str], bool]:
+    """Names of the parameters, and whether embedding and head are one tensor, after everything."""
+    mesh = open_mesh(Parallel(**case.sizes), CPU)
+    model, _ = build(case, mesh)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    one = model.head_rows is model.embed.weight
+    close_mesh(mesh)
+    return names, one
+
+
+@pytest.mark.parametrize("mesh", ["shard 2", "tensor 2", "tensor 2, shard 2"])
+def test_a_tied_embedding_stays_one_parameter(ranks, mesh):
+    world, sizes = MESHES[mesh]
+    tied = Case(config=changed(tie_embeddings=True), steps=2, z_loss=0.1)
+    for names, one in ranks(world, storages, replaced(tied, sizes=sizes)):
+        assert one
+        assert names == list(parameter_shapes(tied.config))
+    wanted = alone(tied)
+    for result in ranks(world, train, replaced(tied, sizes=sizes)):
+        assert_same(result, wanted)
+
+
+@pytest.mark.parametrize("mesh", ["hybrid 2x2", "tensor 2, shard 2"])
+def test_weights_of_a_hugging_face_directory_reach_every_mesh(ranks, tmp_path, mesh):
+    config = changed(family="llama", num_token_ids=None)
+    shapes = parameter_shapes(config)
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+    write(tmp_path / "model", config, values, tokenizer_dir=None)
+    world, sizes = MESHES[mesh]
+    case = Case(config=config, weights=tmp_path / "model", steps=0, sizes=sizes)
+    for result in ranks(world, train, case):
+        assert result.initial.keys() == values.keys()
+        assert all(torch.equal(result.initial[name], values[name]) for name in values)
+
+
+def logits(case: Case) -> torch.Tensor:
+    mesh = open_mesh(Parallel(**case.sizes), CPU)
+    model, _ = build(case, mesh)
+    with torch.no_grad():
+        out = model(batch_of(0, case)[0])
+    close_mesh(mesh)
+    return out
+
+
+def test_logits_are_whole_on_every_mesh(ranks):
+    with torch.random.fork_rng():
+        model = Decoder(TINY)
+    init_weights(model, 1)
+    wanted = model(batch_of(0, Case())[0]).detach()
+    for sizes in ({"tensor": 2}, {"context": 2, "tensor": 2}):
+        for got in ranks(4, logits, Case(sizes=sizes)):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
