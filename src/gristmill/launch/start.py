@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gristmill.checkpoint.ranks import OtherRankError
 from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
 from gristmill.config.parse import to_yaml
 from gristmill.launch.local import run_workers
 from gristmill.launch.worker import is_worker, run_as_worker
 from gristmill.launch.world import World, join, outer_world
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.reports import FAILED
 
 if TYPE_CHECKING:
     from gristmill.train.settle import Job
@@ -125,12 +127,30 @@ def _train_in(world: World, cfg: Pretrain) -> None:
             raise
         time.sleep(OTHERS_WAIT_S)
         raise UserError(f"rank {world.rank}: {error}", error.fix) from None
-    except (RuntimeError, OSError) as error:
-        if isinstance(error, RunError) and world.rank == 0:
+    except RunError as error:
+        if world.rank == 0:
             raise
-        raise RunError(
-            f"rank {world.rank} of {world.size} failed ({type(error).__name__}: {error})"
-        ) from error
+        raise RunError(f"rank {world.rank}: {error}") from None
+    except OtherRankError as error:
+        time.sleep(OTHERS_WAIT_S)
+        _abandon(world, error)
+    except (RuntimeError, OSError) as error:
+        _abandon(world, error)
+
+
+def _abandon(world: World, error: Exception) -> None:
+    """End this rank for a reason that another attempt may not have, with the code for that.
+
+    At once: threads of a process group whose other ranks are gone would be waited for.
+    """
+    what = f"{type(error).__name__}: {error}".rstrip(".")
+    sys.stderr.write(
+        f"error: rank {world.rank} of {world.size} failed ({what}). The same command goes on from "
+        "the newest checkpoint.\n"
+    )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(FAILED)
 
 
 def _going_on(cfg: Pretrain) -> Pretrain:
