@@ -6,7 +6,6 @@ are in `models/zoo/gguf.py`, the tokenizer in `tokenizer/gguf_vocabulary.py`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gristmill.config.model import ModelConfig
+from gristmill.formats.beside import beside
 from gristmill.formats.source import Entry, ModelDir, Tensors, TheirTensors
 from gristmill.models import zoo
 from gristmill.models.zoo import gguf as table
@@ -106,20 +106,18 @@ def write(
 
     row = table.row_for(config, zoo.family(config.family).architecture, shapes)
     theirs = TheirTensors(row.table_for(config), config, tensors)
-    partly = out.with_name(f".{out.name}.partial")
-    writer = library.GGUFWriter(str(partly), row.name)
     try:
-        _add_metadata(writer, _general(config, dtype) | table.describe(row, config))
-        _add_metadata(writer, _tokenizer_words(tokenizer, config))
-        _write_tensors(library, writer, theirs, dtype)
-        writer.close()
-        _sync(partly)
-        partly.replace(out)
+        with beside(out) as place:
+            writer = library.GGUFWriter(str(place.new), row.name)
+            try:
+                _add_metadata(writer, _general(config, dtype) | table.describe(row, config))
+                _add_metadata(writer, _tokenizer_words(tokenizer, config))
+                _write_tensors(library, writer, theirs, dtype)
+            finally:
+                writer.close()
+            place.finish()
     except OSError as error:
         raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
-    finally:
-        writer.close()
-        partly.unlink(missing_ok=True)
 
 
 def _in_family(row: table.Architecture, config: ModelConfig) -> ModelConfig:
@@ -331,11 +329,3 @@ def _library(why: str) -> ModuleType:
         raise UserError(f"{why} without the package gguf. {_INSTALL}") from None
     library: ModuleType = gguf
     return library
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
