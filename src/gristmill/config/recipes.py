@@ -81,7 +81,7 @@ def _bundled(source: str) -> Path | None:
         name = name.rpartition(folder)[2]
     if "://" in name:
         return None
-    path = (RECIPES_DIR / name).with_suffix(".yaml")
+    path = RECIPES_DIR / f"{name.removesuffix('.yaml')}.yaml"  # a name may have dots of its own
     return path if path.is_file() and path.is_relative_to(RECIPES_DIR) else None
 
 
