@@ -97,6 +97,8 @@ def _find(place: Path) -> ModelDir | None:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}). {AGAIN}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file} is damaged (it is no table of settings). {AGAIN}")
     try:
         if isinstance(raw.get(MARKER), int):
             return _own_checkpoint(place, raw)
@@ -104,6 +106,8 @@ def _find(place: Path) -> ModelDir | None:
         config = family.from_hf_config(raw)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has a value of a wrong kind ({error}). {AGAIN}") from error
     return ModelDir(
         place,
         config,

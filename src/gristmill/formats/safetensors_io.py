@@ -64,6 +64,8 @@ def read_header(path: Path) -> Json:
             header: Json = json.loads(file.read(length))
         except ValueError as error:
             raise UserError(f"{path} has a damaged header ({error}). {AGAIN}") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path} has a damaged header (it is no table of tensors). {AGAIN}")
     for name, entry in header.items():
         if name != "__metadata__":
             _check_entry(path, name, entry, size - 8 - length)
@@ -72,9 +74,13 @@ def read_header(path: Path) -> Json:
 
 def _check_entry(path: Path, name: str, entry: Json, data_bytes: int) -> None:
     """UserError when a tensor's place in the file is not what its shape takes."""
-    start, end = entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
-    if dtype is not None and end - start != dtype.itemsize * prod(entry["shape"]):
+    try:
+        (start, end), dtype = map(int, entry["data_offsets"]), DTYPES.get(entry["dtype"])
+        shape = [int(size) for size in entry["shape"]]
+    except (KeyError, TypeError, ValueError):
+        start, end, dtype, shape = -1, 0, None, []
+    fits = dtype is None or end - start == dtype.itemsize * prod(shape)
+    if not 0 <= start <= end or min(shape, default=0) < 0 or not fits:
         raise UserError(f"{path}: tensor {name} has a damaged header entry. {AGAIN}")
     if end > data_bytes:
         missing = end - data_bytes
@@ -162,14 +168,23 @@ def _pieces(headers: dict[Path, Json]) -> dict[str, list[Place]]:
     """Tensor name -> the files that hold a piece of it, with the piece's offsets."""
     places: dict[str, list[Place]] = {}
     for file, header in headers.items():
-        sharding = json.loads(header.get("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+        saved = _saved_offsets(file, header)
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            offsets = sharding.get(name, {}).get("saved_offsets", [0] * len(entry["shape"]))
+            offsets = saved.get(name, [0] * len(entry["shape"]))
             if (file, tuple(offsets)) not in places.setdefault(name, []):
                 places[name].append((file, tuple(offsets)))
     return places
+
+
+def _saved_offsets(file: Path, header: Json) -> dict[str, list[int]]:
+    """Where the pieces in a file written by torch begin in their tensors."""
+    try:
+        sharding = json.loads(header.get("__metadata__", {}).get("DCP_SHARDING_INFO", "{}"))
+        return {name: list(info["saved_offsets"]) for name, info in sharding.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file} has a damaged header (DCP_SHARDING_INFO). {AGAIN}") from None
 
 
 def _join(name: str, places: list[Place], headers: dict[Path, Json]) -> Tensor:

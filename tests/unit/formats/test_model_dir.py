@@ -149,6 +149,18 @@ def test_bad_config_json_is_named(final):
         read_config(final)
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", '"x"', '{"architectures": ["LlamaForCausalLM"], "rope_scaling": "linear"}']
+)
+def test_config_json_of_another_form_is_named(final, text):
+    sound = json.loads((final / "config.json").read_text())
+    value = json.loads(text)
+    value = sound | value if isinstance(value, dict) else value
+    (final / "config.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"config\.json (is damaged|has a value of a wrong kind)"):
+        read_config(final)
+
+
 def test_missing_tensor_is_named(final):
     edit(final, lambda tensors: tensors.pop(sorted(tensors)[-1]))
     with pytest.raises(UserError, match=r"final: 1 of \d+ tensors are missing, the first is "):

@@ -76,6 +76,30 @@ def test_damaged_headers(file):
         read(file.parent)
 
 
+SOUND = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        [1],
+        {"a": 5},
+        {"a": {}},
+        {"a": {**SOUND, "data_offsets": [-4, 0]}},
+        {"a": {**SOUND, "data_offsets": [4, 0], "dtype": "F4"}},
+        {"a": {**SOUND, "shape": [-1, -1]}},
+        {"a": {**SOUND, "shape": "x"}},
+        {"a": SOUND, "__metadata__": {"DCP_SHARDING_INFO": "{"}},
+        {"a": SOUND, "__metadata__": {"DCP_SHARDING_INFO": "[]"}},
+    ],
+)
+def test_headers_of_another_form_name_the_file(file, head):
+    text = json.dumps(head).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"0" * 4)
+    with pytest.raises(UserError, match=rf"{file.name}.* damaged header"):
+        read(file.parent)
+
+
 def test_index_is_believed(file):
     directory = file.parent
     save_file({"a": TENSORS["a"]}, directory / "model-1.safetensors")
