@@ -21,7 +21,7 @@ from pathlib import Path
 from gristmill.config.data import DataModule, LitData, Mixture, RawText, Records, TextFiles
 from gristmill.data.preparation import summary
 from gristmill.data.preparation.executors.local import available_cores
-from gristmill.data.preparation.job import Job, recipe_for
+from gristmill.data.preparation.job import Executor, Job, recipe_for
 from gristmill.data.preparation.plan import VERSION, Recipe, make_plan
 from gristmill.data.preparation.workspace import Workspace, datasets_in
 from gristmill.data.prepare import build
@@ -72,14 +72,18 @@ def _parts(found: Path | str | tuple[Part, ...]) -> tuple[Part, ...]:
     return found if isinstance(found, tuple) else (Part(found),)
 
 
-def open_datasets(data: DataModule, tokenizer_dir: Path | None) -> Datasets:
+def open_datasets(
+    data: DataModule, tokenizer_dir: Path | None, executor: Executor | None = None
+) -> Datasets:
     """The datasets of a data module, raw text being prepared first where that is needed.
 
+    By `executor`, unless the module names a number of processes; unset: by all cores of this
+    machine.
     A module of the user's own gives them by its method `datasets(tokenizer_dir)`. Raises UserError
     for paths, options or text that cannot work.
     """
     if isinstance(data, RawText):
-        return _raw(data, tokenizer_dir)
+        return _raw(data, tokenizer_dir, executor)
     if isinstance(data, LitData):
         return _prepared(data)
     if isinstance(data, Mixture):
@@ -160,7 +164,7 @@ def _mixture(data: Mixture) -> Datasets:
     return Datasets(tuple(train), tuple(val) or None, data.seed, tuple(later), limit)
 
 
-def _raw(data: RawText, tokenizer_dir: Path | None) -> Datasets:
+def _raw(data: RawText, tokenizer_dir: Path | None, executor: Executor | None) -> Datasets:
     if tokenizer_dir is None:
         raise UserError("raw text needs a tokenizer. name its directory with --tokenizer_dir.")
     if data.num_workers != "auto" and data.num_workers < 1:
@@ -169,7 +173,7 @@ def _raw(data: RawText, tokenizer_dir: Path | None) -> Datasets:
             {"--data.num_workers": "auto"},
         )
     try:
-        return _raw_datasets(data, tokenizer_dir)
+        return _raw_datasets(data, tokenizer_dir, _executor(data, executor))
     except UserError as error:
         raise _in_training(error) from error
 
@@ -187,7 +191,14 @@ def _in_training(error: UserError) -> UserError:
     return UserError(_OPTION.sub(r"--data.\1", str(error)), fix)
 
 
-def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
+def _executor(data: RawText, given: Executor | None) -> Executor:
+    """Who prepares: what the user says of this machine comes first."""
+    if not isinstance(data.num_workers, str):
+        return data.num_workers
+    return available_cores() if given is None else given
+
+
+def _raw_datasets(data: RawText, tokenizer_dir: Path, executor: Executor) -> Datasets:
     tokenizer = Tokenizer.load(tokenizer_dir)
     train = _expanded(data.train_data_path)
     _check_fetched(data, train)
@@ -195,11 +206,11 @@ def _raw_datasets(data: RawText, tokenizer_dir: Path) -> Datasets:
         val = _expanded(data.val_data_path)
         # Training text may be a folder that the validation text lies in.
         return Datasets(
-            _cached(data, tokenizer, train, 0.0, exclude=val),
-            _cached(data, tokenizer, val, 0.0),
+            _cached(data, tokenizer, executor, train, 0.0, exclude=val),
+            _cached(data, tokenizer, executor, val, 0.0),
             data.seed,
         )
-    folder = _cached(data, tokenizer, train, data.val_fraction)
+    folder = _cached(data, tokenizer, executor, train, data.val_fraction)
     if (folder / "train").is_dir():
         return Datasets(folder / "train", folder / "val", data.seed)
     return Datasets(folder, None, data.seed)
@@ -220,7 +231,12 @@ def _check_fetched(data: RawText, path: str) -> None:
 
 
 def _cached(
-    data: RawText, tokenizer: Tokenizer, path: str, fraction: float, exclude: str | None = None
+    data: RawText,
+    tokenizer: Tokenizer,
+    executor: Executor,
+    path: str,
+    fraction: float,
+    exclude: str | None = None,
 ) -> Path:
     """The directory that holds `path` prepared."""
     inputs = _inputs(data, path, exclude)
@@ -242,7 +258,7 @@ def _cached(
         inputs=inputs,
         out=Storage(out),
         tokenizer=tokenizer,
-        executor=available_cores() if isinstance(data.num_workers, str) else data.num_workers,
+        executor=executor,
         max_reject_fraction=_MAX_REJECT_FRACTION,
     )
     made = build(make_plan(recipe, root, inputs), job)

@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING
 from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
 
 if TYPE_CHECKING:
+    from gristmill.data.preparation.job import Executor
     from gristmill.train.settle import Job
 
 
-def settle_elsewhere(cfg: Pretrain, kind: str) -> tuple[Job, Pretrain]:
+def settle_elsewhere(
+    cfg: Pretrain, kind: str, prepare_with: Executor | None = None
+) -> tuple[Job, Pretrain]:
     """The job as this machine sees it, and the settings that workers with devices `kind` read.
 
-    Raw text is prepared, and every mistake that can be found here is, before anything is started.
+    Every mistake that can be found here is, and raw text is prepared, before anything is started:
+    by `prepare_with`, unset: by this machine.
     """
     import torch
 
@@ -26,7 +30,7 @@ def settle_elsewhere(cfg: Pretrain, kind: str) -> tuple[Job, Pretrain]:
         # A machine that only submits: what GPUs compute with is stood in for by name.
         precision = "bf16-mixed" if cfg.precision == "auto" else cfg.precision
         here = dataclasses.replace(cfg, device="cpu", precision=precision)
-    job = settle(here)
+    job = settle(here, prepare_with)
     theirs = dataclasses.replace(
         job.cfg,
         device=kind,

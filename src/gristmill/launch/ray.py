@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from gristmill import __version__
-from gristmill.config.commands import Pretrain
+from gristmill.config.commands import Pretrain, RayCluster
 from gristmill.config.sections import Parallel
 from gristmill.launch.elsewhere import settle_elsewhere, stamp
 from gristmill.util.errors import Interrupted, RunError, UserError
@@ -75,7 +75,8 @@ def pretrain_on_ray(cfg: Pretrain) -> None:
     with connected(cfg.ray.address, "--launcher") as ray:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         crew = crew_of(cfg, nodes)
-        job, settings = settle_elsewhere(cfg, crew.kind)
+        together = RayCluster(address=cfg.ray.address) if cfg.num_nodes > 1 else None
+        job, settings = settle_elsewhere(cfg, crew.kind, together)
         folder = _folder(job.out_dir.resolve(), settings)
         _check_nodes(ray, crew, folder)
         _say_if_too_few(crew, nodes)

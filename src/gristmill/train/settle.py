@@ -22,6 +22,7 @@ from gristmill.config.data import DataModule, LitData, Mixture
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
 from gristmill.data.modules import open_datasets
+from gristmill.data.preparation.job import Executor
 from gristmill.data.reading.corpus import Corpus
 from gristmill.data.reading.stream import Batch, TokenStream
 from gristmill.data.reading.training import document_mask, training_stream
@@ -74,8 +75,11 @@ class Job:
         return TokenBatch.of(batch, self.device, document_mask=self.document_mask)
 
 
-def settle(cfg: Pretrain) -> Job:
-    """The job that these settings mean. Raises UserError for settings that cannot work."""
+def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
+    """The job that these settings mean; `prepare_with` prepares raw text, unset: this machine.
+
+    Raises UserError for settings that cannot work.
+    """
     cfg = _weights_of_others(cfg)
     _refuse_what_is_not_there(cfg)
     check_ranges(cfg)
@@ -89,7 +93,7 @@ def settle(cfg: Pretrain) -> Job:
     tokenizer_dir = _tokenizer_dir(cfg)
     _check_vocabulary(model, tokenizer_dir)
     assert cfg.data is not None
-    datasets = open_datasets(cfg.data, tokenizer_dir)
+    datasets = open_datasets(cfg.data, tokenizer_dir, prepare_with)
     train_set, val_set = datasets.train_corpus(), datasets.val_corpus()
     tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
     model = _with_vocabulary(model, train_set, tokenizer_dir)
