@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from small import main, metrics, pretrain
 
 from gristmill.checkpoint.store import complete, read_record
+from gristmill.train import directory
 
 HOOKS = '''
 """What can go wrong on one rank, and what the ranks read."""
@@ -274,6 +275,10 @@ def test_a_mistake_is_said_once(world, hooks):
     code, said = run(pretrain(world, out, "--devices", "3", "--parallel.shard", "2"))
     assert code == 2
     assert said.count("error: ") == 1
+    with directory.lock(out):
+        code, said = run(pretrain(world, out, "--devices", "2"))
+    assert code == 2
+    assert said.count("is being written by another process") == said.count("error: ") == 1
 
 
 @pytest.mark.slow

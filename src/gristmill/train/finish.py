@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill import __version__
-from gristmill.checkpoint.store import step_path
+from gristmill.checkpoint.store import RECORD_NAME, step_path
 from gristmill.config.parse import to_yaml
 from gristmill.formats.hf import write as write_model_dir
 from gristmill.formats.model_dir import open_model_dir
@@ -63,13 +63,14 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             f"--train.max_time is over at step {run.state.step:,}; a larger one goes on"
         )
     # Several ranks together have their weights in what they have just saved, or nowhere.
-    written = run.mesh.world == 1 or not run.checkpointer.failed
+    saved = step_path(run.job.out_dir, run.state.step)
+    written = run.mesh.world == 1 or (saved / RECORD_NAME).is_file()
     if run.job.exportable and written:
         if run.mesh.is_main:
-            _write_final(run, model)
+            _write_final(run, model, saved)
         run.console.finished(run.job.out_dir / FINAL)
     elif written:
-        run.console.finished(step_path(run.job.out_dir, run.state.step))
+        run.console.finished(saved)
     if run.checkpointer.failed:
         raise RunError(
             f"a checkpoint of {run.job.out_dir} could not be written (see above). "
@@ -77,12 +78,11 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _write_final(run: Run, model: nn.Module) -> None:
+def _write_final(run: Run, model: nn.Module, saved: Path) -> None:
     final = run.job.out_dir / FINAL
     if run.mesh.world == 1:
         weights: Mapping[str, Tensor] = model.state_dict()
     else:
-        saved = step_path(run.job.out_dir, run.state.step)
         weights = open_model_dir(saved).parameters()
     write_model_dir(
         final,
