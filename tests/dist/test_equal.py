@@ -212,3 +212,17 @@ def test_logits_are_whole_on_every_mesh(ranks):
     for sizes in ({"tensor": 2}, {"context": 2, "tensor": 2}):
         for got in ranks(4, logits, Case(sizes=sizes)):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", ["shard 2", "hybrid 2x2", "tensor 2, shard 2"])
+@pytest.mark.parametrize("parts", ["norms inside heads", "GPT-NeoX"])
+def test_mixed_precision_agrees_as_far_as_bf16_goes(ranks, mesh, parts):
+    world, sizes = MESHES[mesh]
+    case = Case(precision="bf16-mixed", **PARTS[parts])
+    wanted = alone(case)
+    for result in ranks(world, train, replaced(case, sizes=sizes)):
+        assert result.losses == pytest.approx(wanted.losses, rel=1e-4)
+        for name, gradient in result.gradients.items():
+            assert gradient.dtype == torch.float32
+            far = (gradient - wanted.gradients[name]).norm() / wanted.gradients[name].norm()
+            assert far < 0.02, f"gradient of {name}: {far:.1e}"

@@ -49,6 +49,7 @@ class Case:
     steps: int = 1
     compile: str = "off"
     recompute: str = "none"
+    precision: str = "32-true"
     documents: bool = False
     z_loss: float = 0.0
     max_norm: float = 0.5
@@ -83,7 +84,14 @@ def build(case: Case, mesh: Mesh) -> tuple[nn.Module, str]:
     with torch.device("meta"):
         model = Decoder(case.config)
     model.to(torch.float32)
-    how = parallelize(model, mesh, CPU, compile=case.compile, recompute=case.recompute)
+    how = parallelize(
+        model,
+        mesh,
+        CPU,
+        compile=case.compile,
+        recompute=case.recompute,
+        precision=case.precision,
+    )
     materialize(model, CPU)
     if case.weights is not None:
         load_weights(model, case.weights, put=put)
@@ -122,12 +130,13 @@ def train(case: Case) -> Result:
         for start in range(mine.start, mine.stop, size):
             rows = slice(start, start + size)
             gradients.accumulate(model, last=start + size == mine.stop)
-            loss = model(
-                inputs[rows],
-                targets[rows],
-                documents=None if documents is None else documents[rows],
-                z_loss=case.z_loss,
-            )
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.precision == "bf16-mixed"):
+                loss = model(
+                    inputs[rows],
+                    targets[rows],
+                    documents=None if documents is None else documents[rows],
+                    z_loss=case.z_loss,
+                )
             loss = loss / num_targets
             loss.backward()
             total += loss.detach()

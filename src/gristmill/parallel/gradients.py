@@ -23,11 +23,11 @@ def local(tensor: Tensor) -> Tensor:
 def total_norm(model: nn.Module) -> Tensor:
     """The norm of all gradients together, each number of the model once; the same on all ranks.
 
-    Called once a step, after the last backward pass, which it completes: gradients that ranks hold
-    parts of are summed. The squares of each part are summed over the ranks that hold the other
-    parts, and over no others. Nothing waits for the host.
+    Called once a step, after the last backward pass, which it completes: gradients of small
+    parameters that are not cut are summed. Of each part the squares are summed over the ranks that
+    hold the other parts, and over no others. Nothing waits for the host.
     """
-    _sum_over_heads(model)
+    _complete(model)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not any(isinstance(gradient, DTensor) for gradient in gradients):
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -45,22 +45,21 @@ def total_norm(model: nn.Module) -> Tensor:
     return squares.sum().sqrt()
 
 
-def _sum_over_heads(model: nn.Module) -> None:
-    """Sum the gradients of norms that see only this process's heads, all in one message."""
-    vocabulary = getattr(model, "vocabulary", None)
-    if vocabulary is None:
-        return
-    gradients = [
-        local(parameter.grad)
-        for module in model.modules()
-        if getattr(module, "sees_part_of_the_heads", False)
-        for parameter in module.parameters()
-        if parameter.grad is not None
-    ]
-    if gradients:
-        whole = reduced(torch.cat([g.flatten() for g in gradients]), vocabulary.axis)
-        parts = whole.split([g.numel() for g in gradients])
-        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients)])
+def _complete(model: nn.Module) -> None:
+    """Sum the gradients of modules that every rank has whole and has seen a part for.
+
+    They say so by `summed_over`: the axes along which the parts lie. One message for each axis.
+    """
+    parts: dict[DeviceMesh, list[Tensor]] = {}
+    for module in model.modules():
+        for axis in getattr(module, "summed_over", ()):
+            gradients = (p.grad for p in module.parameters(recurse=False))
+            parts.setdefault(axis, []).extend(local(g) for g in gradients if g is not None)
+    for axis, gradients in parts.items():
+        if gradients:
+            whole = reduced(torch.cat([g.flatten() for g in gradients]), axis)
+            sums = whole.split([g.numel() for g in gradients])
+            torch._foreach_copy_(gradients, [s.view_as(g) for s, g in zip(sums, gradients)])
 
 
 def _cut_over(gradient: Tensor) -> tuple[DeviceMesh, ...]:

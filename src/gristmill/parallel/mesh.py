@@ -52,7 +52,8 @@ class Mesh:
         """Axes replicate, shard (x context) and tensor, on which parameters lie; None for one."""
         self.context = context
         """Ranks that share the positions of rows; None where this one has them all."""
-        self._tokens = tokens
+        self.tokens = tokens
+        """Ranks that hold other tokens, or None."""
         place, rest = {}, rank
         for axis in reversed(AXES):
             rest, place[axis] = divmod(rest, self.sizes[axis])
@@ -101,10 +102,10 @@ class Mesh:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of `value` over all ranks that hold other tokens, so that each counts once."""
-        if self._tokens is None:
+        if self.tokens is None:
             return value
         total = value.clone()
-        dist.all_reduce(total, group=self._tokens.get_group())
+        dist.all_reduce(total, group=self.tokens.get_group())
         return total
 
     def sum_rows(self, value: Tensor) -> Tensor:

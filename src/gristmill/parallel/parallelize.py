@@ -21,6 +21,7 @@ def parallelize(
     *,
     compile: str = "auto",
     recompute: str | float = "none",
+    precision: str = "32-true",
 ) -> str:
     """Make a decoder ready for these processes and this device, in place; says what was done.
 
@@ -39,7 +40,7 @@ def parallelize(
         )
     if recompute != "none":
         how += f", recomputation {recompute}"
-    shard(model, mesh)
+    shard(model, mesh, precision)
     return how
 
 

@@ -41,7 +41,7 @@ def share_products(model: nn.Module, mesh: Mesh) -> None:
         for module in (attn, mlp):
             module.register_forward_pre_hook(_Entrance(axis))
         for norm in (attn.q_norm, attn.k_norm):
-            norm.sees_part_of_the_heads = True
+            norm.summed_over = (axis,)
     model.vocabulary = Vocabulary(axis, model.config.vocab_size)
     model.embed = VocabularyEmbedding(cut(model.embed.weight, axis, 0), model.vocabulary)
     if not model.config.tie_embeddings:
