@@ -89,7 +89,14 @@ def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
     with torch.device("meta"):
         model: nn.Module = Decoder(job.model)
     model.to(weight_dtype(job.precision))
-    how = parallelize(model, mesh, job.device, compile=job.cfg.compile, recompute=job.recompute)
+    how = parallelize(
+        model,
+        mesh,
+        job.device,
+        compile=job.cfg.compile,
+        recompute=job.recompute,
+        precision=job.precision,
+    )
     materialize(model, job.device)
     if job.cfg.initial_checkpoint_dir is not None:
         load_weights(model, Path(resolve_model_dir(job.cfg.initial_checkpoint_dir)), put=put)
