@@ -108,7 +108,14 @@ def test_packed_documents_train_like_documents_apart(changes, micro):
 
 @pytest.mark.slow
 @pytest.mark.skipif(missing_for_compile(CPU) is not None, reason="no compiler")
-@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 4, "parallel_residual": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 4, "parallel_residual": True},
+        {"sliding_window": 7, "sliding_pattern": (True, False), "qk_norm": "head"},
+    ],
+)
 def test_compiled_packed_documents_train_like_documents_apart(changes):
     check_equal(config(**changes), compiled=True)
 
