@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,9 +45,10 @@ def repository(name: str) -> str:
 
 
 def _use(cfg: Download, out: Path) -> str:
+    place = shlex.quote(str(out))
     if cfg.tokenizer_only:
-        return f"Use it as a tokenizer: --tokenizer_dir {out}"
+        return f"Use it as a tokenizer: --tokenizer_dir {place}"
     return (
-        f"Use it: gristmill chat {out}\n"
-        f"        gristmill pretrain --initial_checkpoint_dir {out} --data …"
+        f"Use it: gristmill chat {place}\n"
+        f"        gristmill pretrain --initial_checkpoint_dir {place} --data …"
     )

@@ -8,6 +8,7 @@ Parameters go through one at a time, so that memory holds about one tensor, what
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import sys
 import time
@@ -176,17 +177,17 @@ class _Job:
 
     def commands(self) -> list[str]:
         """What people do next."""
-        ours = f"gristmill chat {self.out}"
+        place = shlex.quote(str(self.out))
+        ours = f"gristmill chat {place}"
+        train = f"gristmill pretrain --initial_checkpoint_dir {place} --data … --out_dir NEW"
+        if self.tokenizer_dir is None:
+            ours = f"{train} --tokenizer_dir …"
         if self.format == "hf":
             return [ours, f"AutoModelForCausalLM.from_pretrained({str(self.out)!r})   (Python)"]
         if self.format == "litgpt":
-            return [
-                ours,
-                f"litgpt chat {self.out}",
-                f"gristmill pretrain --initial_checkpoint_dir {self.out} --data … --out_dir NEW",
-            ]
+            return [ours, f"litgpt chat {place}", train] if self.tokenizer_dir else [ours]
         file = self.out if self.out.suffix == ".gguf" else self.out / _gguf_name(self)
-        return [f"{PROGRAM} -m {file}", ours]
+        return [f"{PROGRAM} -m {shlex.quote(str(file))}", ours]
 
 
 def _settle(cfg: Export) -> _Job:
@@ -195,6 +196,12 @@ def _settle(cfg: Export) -> _Job:
         raise UserError(
             "export takes a model and where to write it. "
             "Give both: gristmill export out/run OUT --format hf"
+        )
+    if cfg.format != "gguf" and cfg.output_dir.endswith(".gguf"):
+        raise UserError(
+            f"{cfg.output_dir} is the name of a GGUF file, but --format is {cfg.format}, which is "
+            "a directory. Choose one of them.",
+            {"--format": "gguf"},
         )
     if cfg.dtype == "q8_0" and cfg.format != "gguf":
         raise UserError(f"--dtype q8_0 is a type of GGUF files, not of {cfg.format}. Use bfloat16.")
@@ -223,9 +230,10 @@ def _settle(cfg: Export) -> _Job:
     )
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
-    if job.num_bytes + SPARE_BYTES > free:
+    needed = job.num_bytes + SPARE_BYTES
+    if needed > free:
         raise RunError(
-            f"no space left for {out}: {_size(job.num_bytes)} are needed, {_size(free)} are free. "
+            f"no space left for {out}: {_size(needed)} are needed, {_size(free)} are free. "
             "Free some, choose a smaller --dtype, or write elsewhere."
         )
     return job

@@ -6,6 +6,7 @@ Configurations, headers and sizes are read, never weights.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -135,7 +136,7 @@ def _file(place: Path) -> Found:
     if place.name in TOKENIZERS or place.suffix == ".model":
         found = Found(str(place), "tokenizer file")
         _add_tokenizer(found, place)
-        found.commands.append(f"gristmill prepare LAYOUT --tokenizer_dir {place} …")
+        found.commands.append(f"gristmill prepare LAYOUT --tokenizer_dir {_quoted(place)} …")
         return found
     if place.suffix in (".safetensors", ".bin"):
         for folder in (place.parent, place.parent.parent):
@@ -171,9 +172,9 @@ def _dataset(place: Path) -> Found:
         found.dataset.setdefault("parts", []).append(part.name if part != place else ".")
     found.dataset |= dict(totals)
     found.commands += [
-        f"gristmill data stats {place}",
-        f"gristmill data verify {place}",
-        f"gristmill pretrain MODEL --data {place}",
+        f"gristmill data stats {_quoted(place)}",
+        f"gristmill data verify {_quoted(place)}",
+        f"gristmill pretrain MODEL --data {_quoted(place)}",
     ]
     if any((part / "tokenizer").is_dir() for part in parts):
         _add_tokenizer(found, next(part for part in parts if (part / "tokenizer").is_dir()))
@@ -213,7 +214,7 @@ def _run(place: Path) -> Found:
         "final": final.is_dir(),
         **_length(place),
     }
-    found.commands = _model_commands(place)
+    found.commands = _model_commands(found, place)
     return found
 
 
@@ -225,8 +226,8 @@ def _checkpoint(place: Path) -> Found:
         return found
     _add_model(found, place)
     found.commands = [
-        f"gristmill pretrain --resume {place} --out_dir NEW …",
-        *_model_commands(place),
+        f"gristmill pretrain --resume {_quoted(place)} --out_dir NEW …",
+        *_model_commands(found, place),
     ]
     return found
 
@@ -238,7 +239,7 @@ def _model(place: Path) -> Found:
     if (place / TRAINING_FILE).is_file():
         trained = read_json(place / TRAINING_FILE)
         found.training |= {key: trained[key] for key in ("step", "tokens") if key in trained}
-    found.commands = _model_commands(place)
+    found.commands = _model_commands(found, place)
     return found
 
 
@@ -248,7 +249,7 @@ def _tokenizer_only(place: Path) -> Found:
         found = _no_weights(place)
         found.kind = "tokenizer and settings of a model, no weights"
     _add_tokenizer(found, place)
-    found.commands.insert(0, f"gristmill prepare LAYOUT --tokenizer_dir {place} …")
+    found.commands.insert(0, f"gristmill prepare LAYOUT --tokenizer_dir {_quoted(place)} …")
     return found
 
 
@@ -416,13 +417,24 @@ def _length(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _model_commands(place: Path) -> list[str]:
+def _model_commands(found: Found, place: Path) -> list[str]:
+    """What can be done with a model; without a tokenizer it neither writes nor chats."""
+    name = _quoted(place)
+    pretrain = f"gristmill pretrain --initial_checkpoint_dir {name} --data … --out_dir NEW"
+    if not found.tokenizer:
+        given = "--tokenizer_dir …"
+        return [f"{pretrain} {given}", f"gristmill export {name} OUT --format hf {given}"]
     return [
-        f"gristmill chat {place}",
-        f"gristmill generate {place} --prompt …",
-        f"gristmill pretrain --initial_checkpoint_dir {place} --data … --out_dir NEW",
-        f"gristmill export {place} OUT --format hf",
+        f"gristmill chat {name}",
+        f"gristmill generate {name} --prompt …",
+        pretrain,
+        f"gristmill export {name} OUT --format hf",
     ]
+
+
+def _quoted(place: Path) -> str:
+    """The path as a shell takes it."""
+    return shlex.quote(str(place))
 
 
 def _step_dirs(place: Path) -> list[Path]:

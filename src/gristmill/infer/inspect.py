@@ -27,7 +27,9 @@ def inspect(cfg: Inspect) -> None:
         for number, command in enumerate(found.commands if not found.problems else []):
             page.line((f"  {'use it' if not number else '':<14}", "dim"), command)
     if found.problems:
-        raise UserError(f"{found.path} is not whole: {' '.join(found.problems)}")
+        opened = found.model or found.kind != "model directory"
+        what = f"{found.path} is not whole: " if opened else ""
+        raise UserError(what + " ".join(found.problems))
 
 
 def _lines(found: Found) -> Iterator[tuple[str, str]]:
@@ -49,6 +51,8 @@ def _lines(found: Found) -> Iterator[tuple[str, str]]:
     if found.tokenizer:
         yield "tokenizer", _tokenizer(found.tokenizer)
         yield "chat template", "yes" if found.tokenizer["chat_template"] else "no"
+    elif "dtypes" in found.model and not found.problems:
+        yield "tokenizer", "none here"
     yield "on disk", f"{size(found.num_bytes)} in {counted(found.num_files, 'file')}"
     yield "whole", "no" if found.problems else "yes, as far as names and sizes tell"
 

@@ -341,6 +341,18 @@ def test_no_space_is_said_before_the_start(hub, tmp_path, monkeypatch):
     assert not hub.gets("safetensors")
 
 
+def test_a_file_in_the_place_of_the_directory(hub, tmp_path):
+    (tmp_path / "m").write_text("")
+    with pytest.raises(UserError, match="m is a file"):
+        download(Download(repo_id="org/name", out_dir="m"))
+
+
+def test_weights_as_gguf_alone_are_named(hub):
+    hub.models["org/quantised"] = Repository({"m-Q8_0.gguf": b"x", "README.md": b"x"})
+    with pytest.raises(UserError, match=r"as GGUF \(m-Q8_0.gguf\).*--pattern"):
+        download(Download(repo_id="org/quantised"))
+
+
 def redpajama(hub):
     base = "/redpajama-data-1T/v1.0.0/"
     hub.plain = {

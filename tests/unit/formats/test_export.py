@@ -199,6 +199,18 @@ def test_mistakes(run, tmp_path, options, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_a_name_of_a_gguf_file_is_not_taken_for_a_directory(run, tmp_path):
+    with pytest.raises(UserError, match="name of a GGUF file, but --format is hf") as caught:
+        to(run, tmp_path / "out.gguf")
+    assert caught.value.fix == {"--format": "gguf"}
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_commands_are_printed_as_a_shell_takes_them(run, saved, tmp_path, capsys):
+    to(run, tmp_path / "my model")
+    assert f"gristmill chat '{tmp_path}/my model'" in capsys.readouterr().out
+
+
 def test_names_that_are_missing(tmp_path):
     with pytest.raises(UserError, match="Give both: gristmill export"):
         export(Export(checkpoint_dir="x"))

@@ -217,6 +217,12 @@ def _chosen(cfg: Download, repo: str, kind: str, names: Sequence[str]) -> set[st
     for pattern in _WEIGHTS:
         if weights := {name for name in own if re.fullmatch(pattern, name)}:
             return settings | _one_copy(weights)
+    if any(name.endswith(".gguf") for name in own):
+        files = ", ".join(name for name in own if name.endswith(".gguf"))
+        raise UserError(
+            f"{repo} holds its weights as GGUF ({files}). name the file that you want: "
+            "--pattern '*Q8_0.gguf'"
+        )
     return _nothing(repo, "weights")
 
 
@@ -324,10 +330,13 @@ def _fetch(
     origin: str = "",
     headers: dict[str, str] | None = None,
 ) -> None:
+    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file. name a directory to fetch into with --out_dir.")
     progress = _Progress(sum(max(0, file.size) for file in files))
     fetcher = Fetcher(out, origin=origin, headers=headers, on_bytes=progress.add)
     missing = fetcher.missing_bytes(files)
-    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    free = shutil.disk_usage(existing).free
     if missing > free:
         raise RunError(
             f"no space left for {out}: {missing / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
