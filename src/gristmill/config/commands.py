@@ -113,6 +113,8 @@ class Pretrain:
     logger_name: str | list[str] = "none"
     """Trackers beside metrics.jsonl, which is always written: csv, tensorboard, wandb, mlflow or
     trackio, several as csv,wandb; none: no other."""
+    profile: bool | str = False
+    """Trace of some steps and where their time went: FROM:TO, or true for a few early ones."""
     seed: int = 42
     """Seed of initialisation and randomness in training."""
 

@@ -51,7 +51,7 @@ SECRETS = ("--access_token",)
 NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")
 """Endings of options that name something, which an empty text does not."""
 
-CODE_SETTINGS = ("hook",)
+CODE_SETTINGS = ("hook", "command")
 """Settings that name code to run; refused in a configuration that comes from a URL."""
 
 SECTIONS = ("data", "optimizer", "model_config", "train", "eval", "log", "parallel", "ray", "slurm")

@@ -57,7 +57,14 @@ class TrainArgs:
     log_interval: int = 1
     """Steps between rows of metrics."""
     max_bad_steps: int = 10
-    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    """Stop after this many steps in a row with a non-finite loss or gradient, or a spike."""
+    on_spike: Literal["off", "skip", "rewind", "stop"] = "off"
+    """A loss far above the last ones: leave its update out, go back to the last checkpoint and on
+    with other data, or stop."""
+    spike_window: int | None = None
+    """Losses that a spike is measured against; unset: 100."""
+    spike_deviations: float | None = None
+    """Standard deviations above their mean that make a spike; unset: 6."""
 
 
 @dataclass(kw_only=True)
@@ -72,6 +79,17 @@ class EvalArgs:
     """Validate before the first step."""
     final_validation: bool = True
     """Validate on the whole validation set after the last step."""
+    sample_prompt: str | list[str] | None = None
+    """Text that the model continues at intervals, or a list of texts."""
+    sample_interval: int | Auto = "auto"
+    """Steps between samples of text; auto: as interval."""
+    sample_tokens: int | None = None
+    """Tokens of a sample; unset: 64."""
+    command: str | None = None
+    """Command for a shell, run beside training on new checkpoints: {model} becomes a directory with
+    the weights, {step} the step. What it writes goes to out_dir/eval."""
+    command_interval: int | Auto = "auto"
+    """Steps between starts of the command; auto: at every train.save_interval."""
 
 
 @dataclass(kw_only=True)

@@ -270,6 +270,9 @@ def validation_line(row: Row, step: int) -> str:
     line = f"step {step:,}  val loss {row['val_loss']:.4f}"
     if "val_bits_per_byte" in row:
         line += f"  {row['val_bits_per_byte']:.3f} bits/byte"
+    each = [(key[9:], value) for key, value in row.items() if key.startswith("val_loss/")]
+    if each:
+        line += "  (" + ", ".join(f"{name} {value:.4f}" for name, value in each) + ")"
     return line
 
 

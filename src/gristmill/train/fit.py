@@ -26,6 +26,7 @@ from gristmill.parallel.weights import materialize, put
 from gristmill.train.dry_run import dry_run
 from gristmill.train.finish import finish, is_finished
 from gristmill.train.guard import Guard
+from gristmill.train.profile import section
 from gristmill.train.run import Run
 from gristmill.train.settle import Job, settle
 from gristmill.train.step import reseed, train_step
@@ -53,31 +54,37 @@ def fit(job: Job) -> None:
         run.announce(how)
         job = run.job = dry_run(run, model, optimizer)
         run.begin()
-        guard, speed = Guard(job.cfg.train.max_bad_steps), Throughput(job, mesh.world)
+        guard, speed = Guard(job.cfg.train), Throughput(job, mesh.world)
         if run.state.step == 0 and job.val and job.cfg.eval.initial_validation:
             run.log(validate(model, job, mesh, whole=False, stopping=run.stopping))
         while not run.done():
+            run.before_step()
             started = time.perf_counter()
             reseed(job.cfg.seed, run.state.step, mesh.data_rank)
             lr = set_learning_rate(optimizer, job, run.state.step)
-            run.rows = job.train.batch(
-                run.state.samples, job.length.global_batch_size, mesh.data_rank, mesh.data_world
-            )
-            batch = job.on_device(run.rows)
+            with section("data"):
+                run.rows = job.train.batch(
+                    run.state.samples, job.length.global_batch_size, mesh.data_rank, mesh.data_world
+                )
+                batch = job.on_device(run.rows)
             data_wait_s = time.perf_counter() - started
             run.beat(f"computing step {run.state.step + 1:,}")
-            stats = train_step(model, optimizer, batch, job, mesh)
+            stats = train_step(model, optimizer, batch, job, mesh, guard.most_loss(run))
             step_time_s = time.perf_counter() - started
             run.advance()
-            guard.check(stats, run)
+            if guard.check(stats, run):
+                continue  # from an earlier checkpoint on
             row = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": lr}
             row |= speed.row(run.state, step_time_s, data_wait_s)
             if run.validation_due():
-                row |= validate(model, job, mesh, whole=run.complete(), stopping=run.stopping)
+                with section("validation"):
+                    row |= validate(model, job, mesh, whole=run.complete(), stopping=run.stopping)
             run.log(row)
             run.call_hook(stats)
             if run.save_due():
-                run.save(model, optimizer)
+                with section("save"):
+                    run.save(model, optimizer)
+            run.after_step()
         finish(run, model, optimizer)
 
 

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import IO, Any, Self
@@ -31,6 +31,7 @@ from gristmill.train import directory
 from gristmill.train.length import seconds
 from gristmill.train.settle import Job
 from gristmill.train.step import StepStats
+from gristmill.train.watch import Watch
 from gristmill.util.errors import RunError, UserError
 from gristmill.util.named import load_named
 
@@ -67,6 +68,14 @@ class State:
     tokens: int = 0
     train_time_s: float = 0.0
     skipped_steps: int = 0
+    rewinds: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """What the next loss is measured against, where spikes are looked for."""
+
+
+def progress_of(record: dict[str, Any]) -> State:
+    """The progress that a checkpoint's record holds."""
+    return State(**{f.name: record[f.name] for f in fields(State) if f.name in record})
 
 
 class Run:
@@ -97,6 +106,7 @@ class Run:
         self.start_from: Path | None = None
         self.own_start = False
         self.trackers: Trackers | None = None
+        self.watch: Watch | None = None
         self.heart: Heartbeat | None = None
 
     def __enter__(self) -> Self:
@@ -158,7 +168,7 @@ class Run:
         if self.start_from is None:
             return
         record = read_record(self.start_from)
-        self.state = State(**{f.name: record[f.name] for f in fields(State)})
+        self.state = progress_of(record)
         self.own_start = self.start_from.parent.resolve() == out_dir.resolve()
         self._check_stream(record["stream"])
         if self.own_start:
@@ -196,6 +206,7 @@ class Run:
 
     def begin(self) -> None:
         """Write for the first time: every check is passed and a dry run has worked."""
+        self.watch = Watch(self)
         self.ranks.main_does(self._begin_writing)
         stall_s = seconds(self.job.cfg.stall_timeout, "--stall_timeout")
         self.heart = Heartbeat(self.mesh, stall_s)
@@ -208,8 +219,15 @@ class Run:
             # Later ones are damaged, or they would have been chosen.
             discard_after(out_dir, self.state.step)
         directory.write(out_dir, job.cfg, job.identity, job.length, self.micro_batch_size)
+        self.open_trackers()
+
+    def open_trackers(self) -> None:
+        """Open the trackers after the present step, rank 0 alone; rows of later steps go."""
+        if self.trackers is not None:
+            self.trackers.close()
+        job = self.job
         self.trackers = open_trackers(
-            job.cfg.logger_name, out_dir, job.cfg.log, start_step=self.state.step
+            job.cfg.logger_name, job.out_dir, job.cfg.log, start_step=self.state.step
         )
 
     def _prepare(self) -> None:
@@ -251,6 +269,10 @@ class Run:
         torch.use_deterministic_algorithms(self._deterministic)
         if self.heart is not None:
             self.heart.close()
+        if self.watch is not None:
+            if error is None:
+                self.checkpointer.wait()  # the last one is looked at too
+            self.watch.close(finished=error is None)
         self.console.close()
         if self.trackers is not None:
             self.trackers.close()
@@ -362,6 +384,16 @@ class Run:
             self.stop_signal = int(number)
             if not self._signal_here:
                 self._note_signal(self.stop_signal)
+
+    def before_step(self) -> None:
+        """Tell those who look at the run that a step begins."""
+        assert self.watch is not None, "begin() comes before the first step"
+        self.watch.before_step()
+
+    def after_step(self) -> None:
+        """Let those who look at the run see the model; they do not change it."""
+        assert self.watch is not None, "begin() comes before the first step"
+        self.watch.after_step()
 
     def call_hook(self, stats: StepStats) -> None:
         """Call the user's function, if there is one. Raises RunError for what goes wrong in it."""

@@ -39,6 +39,7 @@ from gristmill.train.batch import TokenBatch
 from gristmill.train.length import Length, plan_length
 from gristmill.train.memory import check_recompute, fit_memory
 from gristmill.train.ranges import check_ranges
+from gristmill.train.watching import check_watching
 from gristmill.util.errors import RunError, UserError
 from gristmill.util.named import load_named
 from gristmill.util.paths import resolve_model_dir
@@ -57,6 +58,8 @@ class Job:
     source_names: tuple[str, ...]
     val: TokenStream | None
     val_bytes_per_token: float | None
+    val_sources: tuple[tuple[str, float | None], ...]
+    """Name and bytes per token of each source of the validation set."""
     length: Length
     micro_batch_size: int
     recompute: str | float
@@ -83,6 +86,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     cfg = _weights_of_others(cfg)
     _refuse_what_is_not_there(cfg)
     check_ranges(cfg)
+    check_watching(cfg)
     check_recompute(cfg.recompute, cfg.compile)
     model = _model(cfg)
     check_config(model)
@@ -122,6 +126,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
         source_names=train_set.names,
         val=val if val is not None and val.num_samples else None,
         val_bytes_per_token=val_set.bytes_per_token if val_set else None,
+        val_sources=val_set.sources if val_set else (),
         length=length,
         micro_batch_size=micro,
         recompute=recompute,

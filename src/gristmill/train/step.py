@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from gristmill.parallel.gradients import accumulate, clip, total_norm
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.batch import MicroBatch, TokenBatch
+from gristmill.train.profile import section
 from gristmill.train.settle import Job
 
 ALONE = Mesh()
@@ -24,6 +26,8 @@ class StepStats:
     loss: float
     grad_norm: float
     finite: bool
+    spike: bool = False
+    """Whether the loss was above what was allowed, and the update left out for that."""
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
@@ -46,8 +50,11 @@ def train_step(
     batch: TokenBatch,
     job: Job,
     mesh: Mesh = ALONE,
+    most_loss: float = math.inf,
 ) -> StepStats:
     """Update the model once from `batch`; an update that is not finite is skipped on the device.
+
+    So is one whose loss is above `most_loss`, a number that all ranks share.
 
     The loss is summed over targets and divided by their number in the whole batch, so that
     neither the micro-batch size nor padding changes the gradient. Of several ranks each gives its
@@ -63,21 +70,27 @@ def train_step(
         left -= 1
         accumulate(model, last=left == 0)
         total += micro_step(model, micro, num_targets, job)
-    total = mesh.sum(total)
-    norm = total_norm(model)
-    finite = torch.isfinite(total) & torch.isfinite(norm)
-    update(optimizer, norm, finite, job.cfg.train.max_norm)
-    optimizer.zero_grad(set_to_none=True)
-    return StepStats(total.item(), norm.item(), bool(finite.item()))
+    with section("optimizer"):
+        total = mesh.sum(total)
+        norm = total_norm(model)
+        finite = torch.isfinite(total) & torch.isfinite(norm)
+        good = finite if most_loss == math.inf else finite & (total <= most_loss)
+        update(optimizer, norm, good, job.cfg.train.max_norm)
+        optimizer.zero_grad(set_to_none=True)
+        is_finite = bool(finite.item())
+        return StepStats(
+            total.item(), norm.item(), is_finite, spike=is_finite and not bool(good.item())
+        )
 
 
 def micro_step(model: nn.Module, micro: MicroBatch, num_targets: int | Tensor, job: Job) -> Tensor:
     """Add one micro-batch's gradients; its share of the mean loss over `num_targets`."""
     inputs, targets, documents = micro
-    with autocast(inputs.device, job.precision):
+    with section("forward"), autocast(inputs.device, job.precision):
         loss = model(inputs, targets, documents=documents, z_loss=job.cfg.train.z_loss)
         loss = loss / num_targets
-    loss.backward()
+    with section("backward"):
+        loss.backward()
     return loss.detach()
 
 
@@ -90,7 +103,7 @@ def update(
     divide gradients by `grad_scale` and leave everything alone where `found_inf` is 1.
     """
     if optimizer.defaults.get("fused"):
-        scale = None if max_norm is None else (norm / max_norm).clamp(min=1.0)
+        scale = None if max_norm is None else (norm.float() / max_norm).clamp(min=1.0)
         optimizer.grad_scale = scale  # type: ignore[attr-defined]
         optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         optimizer.step()

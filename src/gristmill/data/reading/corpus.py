@@ -122,6 +122,14 @@ class Corpus:
         return sum(size or 0 for size in sizes) / self.num_tokens
 
     @property
+    def sources(self) -> tuple[tuple[str, float | None], ...]:
+        """Name of each dataset, and the bytes of text per token in it where it knows them."""
+        return tuple(
+            (name, d.text_bytes / d.num_tokens if d.text_bytes else None)
+            for name, d in zip(self.names, self.datasets, strict=True)
+        )
+
+    @property
     def tokenizer_dir(self) -> Path | None:
         """The tokenizer's files that travel with the data."""
         found = (dataset.tokenizer_dir for dataset in self.datasets)

@@ -1,0 +1,74 @@
+"""Text that the model writes while it is trained, after the user's prompts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+
+from gristmill.models.decoder import Decoder
+from gristmill.models.decoding import Context, generate_tokens
+from gristmill.tokenizer.tokenizer import Tokenizer
+
+TEMPERATURE, TOP_K = 0.8, 50
+
+
+def write_samples(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    autocast: torch.dtype | None = None,
+) -> list[str]:
+    """What the model writes after each prompt, the prompt left out.
+
+    The model is used as it stands, in its training type, and stays as it is; random choices come
+    from a source of their own, the same at every call. Blocks run uncompiled: every new length
+    would be compiled anew.
+    """
+    device = model.embed.weight.device
+    compiled, training = model.compiled, model.training
+    eager: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if compiled:
+        eager = torch.compiler.set_stance("force_eager")
+    model.eval()
+    model.compiled = False
+    try:
+        with eager:
+            return [
+                _continued(model, tokenizer, prompt, max_new_tokens, seed, autocast, device)
+                for prompt in prompts
+            ]
+    finally:
+        model.compiled = compiled
+        model.train(training)
+
+
+def _continued(
+    model: Decoder,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    seed: int,
+    autocast: torch.dtype | None,
+    device: torch.device,
+) -> str:
+    ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.eos_id or 0]
+    ids = ids[-max(1, model.config.max_seq_length - max_new_tokens) :]
+    new = generate_tokens(
+        Context(model, autocast=autocast),
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        eos_ids=frozenset(tokenizer.stop_ids),
+        generator=torch.Generator(device).manual_seed(seed),
+    )
+    decoder = tokenizer.decoder()
+    # The last few settle whether a leading space is one.
+    for token_id in ids[-8:]:
+        decoder.put(token_id)
+    return "".join([decoder.put(token_id) for token_id in new] + [decoder.flush()])
