@@ -333,3 +333,21 @@ CASES |= {
         },
     ),
 }
+
+# seed_oss
+SEED = {**PAD, "attention_dropout": 0.0, "residual_dropout": 0.0}
+CASES |= {
+    "seed_oss": ("SeedOss", {**SEED, "num_key_value_heads": 2, "head_dim": 12}),
+    "seed_oss-biases": (
+        "SeedOss",
+        {
+            **SEED,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "attention_bias": False,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
