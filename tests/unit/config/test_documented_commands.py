@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gristmill.cli import COMMANDS, _command_name, _listing
 from gristmill.config.parse import parse
@@ -16,13 +17,14 @@ PAGES = [
     ROOT / "README.md",
     *sorted((ROOT / "docs" / "corpora").glob("*.md")),
     *sorted((ROOT / "docs" / "how-to").glob("*.md")),
+    ROOT / "docs" / "clusters.md",
 ]
 
 
 def commands(page: Path) -> list[list[str]]:
     """The commands in the indented blocks of a page."""
     found = []
-    for line in page.read_text().splitlines():
+    for line in page.read_text().replace("\\\n", " ").splitlines():
         words = line.strip().removeprefix("$ ").removeprefix("srun ")
         if line.startswith("    ") and words.startswith("gristmill ") and "…" not in words:
             # The prompt of a command may go over several lines.
@@ -43,3 +45,49 @@ def test_commands_of_a_page_are_taken(page):
         module, _, attribute = command.config.partition(":")
         config = getattr(importlib.import_module(module), attribute)
         parse(config, rest, prog=f"gristmill {name}", positionals=command.positionals)
+
+
+def listed_in(manifest: Path) -> list[str]:
+    """The words after `gristmill` of the command that a manifest starts."""
+    spec = yaml.safe_load(manifest.read_text())["spec"]
+    if "entrypoint" in spec:
+        words = shlex.split(spec["entrypoint"])
+    else:
+        pod = spec["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+        words = pod["containers"][0]["command"]
+    return words[words.index("gristmill") + 1 :]
+
+
+@pytest.mark.parametrize("name", ["jobset", "rayjob"])
+def test_commands_of_a_manifest_are_taken(name):
+    words = listed_in(ROOT / "docs" / "kubernetes" / f"{name}.yaml")
+    name, rest = _command_name(words)
+    command = COMMANDS[name]
+    module, _, attribute = command.config.partition(":")
+    config = getattr(importlib.import_module(module), attribute)
+    assert parse(config, rest, prog="gristmill", positionals=command.positionals).data is not None
+
+
+def pods(value: object) -> list[dict]:
+    """Every pod that a manifest describes."""
+    if isinstance(value, list):
+        return [pod for item in value for pod in pods(item)]
+    if not isinstance(value, dict):
+        return []
+    own = [value] if "containers" in value else []
+    return own + [pod for item in value.values() for pod in pods(item)]
+
+
+@pytest.mark.parametrize(("name", "count"), [("jobset", 1), ("rayjob", 2)])
+def test_pods_of_a_manifest_share_a_folder_and_have_memory_to_share(name, count):
+    manifest = yaml.safe_load((ROOT / "docs" / "kubernetes" / f"{name}.yaml").read_text())
+    found = pods(manifest)
+    assert len(found) == count
+    for pod in found:
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        for container in pod["containers"]:
+            places = {
+                mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]
+            }
+            assert "persistentVolumeClaim" in places["/shared"]
+            assert places["/dev/shm"]["emptyDir"]["medium"] == "Memory"
