@@ -36,7 +36,7 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.track.tracker import check_settings
 from gristmill.train import directory
 from gristmill.train.batch import TokenBatch
-from gristmill.train.length import Length, plan_length
+from gristmill.train.length import Length, plan_length, seconds
 from gristmill.train.memory import check_recompute, fit_memory
 from gristmill.train.ranges import check_ranges
 from gristmill.train.watching import check_watching
@@ -147,6 +147,16 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
         raise UserError(
             "no data to train on. Name a data module, for example "
             "--data TextFiles --data.train_data_path FOLDER.",
+        )
+    if seconds(cfg.stall_timeout, "--stall_timeout") <= 0:
+        raise UserError(
+            f"--stall_timeout {cfg.stall_timeout} ends every run. Give a time, such as 10m.",
+            {"--stall_timeout": "10m"},
+        )
+    if cfg.out_dir is not None and is_url(cfg.out_dir):
+        raise UserError(
+            f"--out_dir {cfg.out_dir} is an object store, and runs are written to a disk. Give a "
+            "directory; `gristmill export` and your store's own tools copy what it holds."
         )
     check_settings(cfg.logger_name, cfg.log)
     if cfg.initial_checkpoint_dir and cfg.resume not in ("auto", False):
