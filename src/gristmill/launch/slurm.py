@@ -19,6 +19,7 @@ from gristmill.config.commands import Prepare, Pretrain, RayWorkers, SlurmJob
 from gristmill.config.data import LitData, RawText, Records, TextFiles
 from gristmill.config.parse import to_yaml
 from gristmill.launch.elsewhere import settle_elsewhere
+from gristmill.train.ranges import check_ranges
 from gristmill.util.errors import RunError, UserError
 
 FOLDER = "slurm"
@@ -112,6 +113,7 @@ def submit(cfg: Pretrain) -> None:
 
 def _check(cfg: Pretrain) -> tuple[str, int]:
     """Kind and number of the devices of a machine. Raises UserError for what cannot work."""
+    check_ranges(cfg)
     kind, devices, slurm = cfg.device, cfg.devices, cfg.slurm
     if kind not in ("cuda", "cpu"):
         raise UserError(
@@ -131,7 +133,6 @@ def _check(cfg: Pretrain) -> tuple[str, int]:
         ("--num_nodes", cfg.num_nodes),
         ("--slurm.lead_s", slurm.lead_s),
         ("--slurm.cpus_per_task", slurm.cpus_per_task),
-        ("--max_restarts", cfg.max_restarts + 1),
     ):
         if value != "auto" and value < 1:
             raise UserError(f"{option} {value} is too few. Give 1 or more.")

@@ -28,6 +28,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "optimizer.momentum": (0.0, 1.0 - 1e-12),
     "optimizer.ns_steps": (1, 99),
     "model_config.num_layers": (1, math.inf),
+    "max_restarts": (0, math.inf),
     "seed": (-(2**63), 2**64 - 1),
 }
 """Option -> its smallest and its largest value. Unset options and `auto` are not looked at."""
