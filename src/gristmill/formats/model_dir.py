@@ -114,7 +114,7 @@ def _find(place: Path) -> ModelDir | None:
         "huggingface",
         lambda: open_tensors(weight_files(place)).renamed(family.rename),
         family.weight_table(config),
-        family.is_dropped,
+        lambda name: family.is_dropped(name, config),
     )
 
 

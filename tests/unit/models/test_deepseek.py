@@ -171,9 +171,10 @@ def test_scores_grow_with_yarn_over_whole_heads():
 
 
 def test_tensors_that_predict_a_second_token_are_left_out():
-    family = zoo.family("deepseek_v3")
-    assert family.is_dropped("model.layers.61.eh_proj.weight")
-    assert not family.is_dropped("model.layers.60.mlp.gate.weight")
+    family, config = zoo.family("deepseek_v3"), zoo.get("DeepSeek-V3")
+    assert family.is_dropped("model.layers.61.eh_proj.weight", config)
+    assert not family.is_dropped("model.layers.60.mlp.gate.weight", config)
+    assert family.is_dropped("model.layers.2.eh_proj.weight", replace(config, num_layers=2))
     assert family.to_hf_config(zoo.get("DeepSeek-V3"))["num_nextn_predict_layers"] == 0
 
 

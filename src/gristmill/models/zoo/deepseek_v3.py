@@ -1,7 +1,7 @@
 """DeepSeek-V3 (arXiv:2412.19437): as V2, but experts are scored by a sigmoid and kept evenly loaded
 by a bias that takes part in the choice only (arXiv:2408.15664).
 
-The files also have a block that predicts the token after the next one (behind the last of 61),
+The files also have a block that predicts the token after the next one (behind the last),
 which a decoder does not need. Most are in fp8 and want converting.
 """
 
@@ -118,5 +118,5 @@ FAMILY = Family(
         size("Moonlight-16B-A3B", "moonshotai/", _B16, eos_token_id=163585),
         size("Moonlight-16B-A3B-Instruct", "moonshotai/", _B16, eos_token_id=163586),
     ),
-    dropped=(r"^model\.layers\.61\.",),
+    dropped=(r"^model\.layers\.{num_layers}\.",),
 )

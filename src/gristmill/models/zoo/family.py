@@ -70,7 +70,8 @@ class Family:
     get_unquantized: str = "Get its repository of 16-bit weights."
     """What to do about weights in fewer bits than are supported."""
     dropped: tuple[str, ...] = ()
-    """Patterns of tensors in files that are no weights of this model, besides rotary tables."""
+    """Patterns of tensors in files that are no weights of this model, besides rotary tables;
+    `{num_layers}` stands for the number of the block behind the last."""
 
     def to_hf_config(self, config: ModelConfig) -> Json:
         """The `config.json` of this model, in words that transformers 4 and 5 both read.
@@ -126,9 +127,11 @@ class Family:
             theirs = re.sub(pattern, replacement, theirs)
         return theirs
 
-    def is_dropped(self, theirs: str) -> bool:
+    def is_dropped(self, theirs: str, config: ModelConfig) -> bool:
         """Whether a tensor of a file carries no weight."""
-        return any(re.search(pattern, theirs) for pattern in (ROTARY_TABLES, *self.dropped))
+        layers = str(config.num_layers)
+        patterns = (p.replace("{num_layers}", layers) for p in (ROTARY_TABLES, *self.dropped))
+        return any(re.search(pattern, theirs) for pattern in patterns)
 
     def _write(self, config: ModelConfig) -> Json:
         out = {**write_words(self.words, config), **self.constants}
