@@ -7,10 +7,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
+from gristmill.config.data import RawText
+from gristmill.util.errors import UserError
 
 if TYPE_CHECKING:
     from gristmill.data.preparation.job import Executor
     from gristmill.train.settle import Job
+
+
+def _check_shared(cfg: Pretrain) -> None:
+    """Refuse to prepare what lies on an object store into a cache that only this machine has."""
+    from gristmill.data.storage import is_url
+
+    data = cfg.data
+    if not isinstance(data, RawText) or data.cache_dir is not None or cfg.num_nodes == 1:
+        return
+    if is_url(data.train_data_path):
+        raise UserError(
+            f"text at {data.train_data_path} would be prepared into this user's cache, which other "
+            "machines may not see. Name a folder that all share with --data.cache_dir."
+        )
 
 
 def settle_elsewhere(
@@ -25,6 +41,7 @@ def settle_elsewhere(
 
     from gristmill.train.settle import settle
 
+    _check_shared(cfg)
     here = dataclasses.replace(cfg, device=kind)
     if kind == "cuda" and not torch.cuda.is_available():
         # A machine that only submits: what GPUs compute with is stood in for by name.

@@ -41,6 +41,9 @@ gristmill=({python} -P -m gristmill)
 run={run}
 settings={settings}
 export PYTHONUNBUFFERED=1
+# More threads than cores wait for each other.
+cpus=${{SLURM_CPUS_PER_TASK:-$((${{SLURM_CPUS_ON_NODE:-1}} / {devices}))}}
+export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}}
 {prepare}
 for attempt in $(seq 0 {max_restarts}); do
     # What an attempt has begun is neither deleted nor refused by the next one.
@@ -187,6 +190,7 @@ def script(cfg: Pretrain, kind: str, devices: int, out_dir: Path) -> str:
         python=shlex.quote(sys.executable),
         run=shlex.quote(str(out_dir)),
         settings=shlex.quote(str(folder / SETTINGS)),
+        devices=devices,
         prepare=prepare,
         max_restarts=cfg.max_restarts,
         srun=shlex.join(srun),

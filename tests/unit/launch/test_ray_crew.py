@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from dataclasses import asdict
 
 import pytest
 
 from gristmill.config.commands import Pretrain, RayWorkers
+from gristmill.config.data import TextFiles
 from gristmill.config.sections import Parallel
 from gristmill.launch import ray as launcher
+from gristmill.launch.elsewhere import settle_elsewhere
 from gristmill.launch.ray import ENDED, SETTINGS, SETTINGS_AGAIN, Crew, crew_of, raise_ending
 from gristmill.launch.start import pretrain
 from gristmill.util.errors import Interrupted, RunError, UserError
@@ -61,6 +64,19 @@ def test_a_worker_takes_a_gpu_and_its_share_of_the_cpus():
 def test_settings_that_cannot_work_are_refused(settings, says):
     with pytest.raises(UserError, match=says):
         pretrain(Pretrain(**{"launcher": "ray", **settings}))
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--launcher ray needs Ray.*gristmill\[ray\]") as caught:
+        pretrain(Pretrain(launcher="ray"))
+    assert caught.value.fix == {"--launcher": "local"}
+
+
+def test_text_at_a_url_needs_a_shared_folder_for_what_it_is_prepared_into():
+    data = TextFiles(train_data_path="s3://corpus/text")
+    with pytest.raises(UserError, match="--data.cache_dir"):
+        settle_elsewhere(Pretrain(data=data, num_nodes=2), "cpu")
 
 
 def test_devices_below_one_are_refused():
