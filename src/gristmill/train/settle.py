@@ -246,6 +246,8 @@ def _model(cfg: Pretrain) -> ModelConfig:
         raise UserError("no model. Name one of `gristmill pretrain list`, or give --model_config.")
     if cfg.train.tie_embeddings is not None:
         model = dataclasses.replace(model, tie_embeddings=cfg.train.tie_embeddings)
+    if cfg.model_config is not None and model.family == ModelConfig().family:
+        model = zoo.with_family(model)
     return model
 
 

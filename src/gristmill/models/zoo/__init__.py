@@ -153,6 +153,16 @@ def family_for(config: ModelConfig) -> ModelConfig:
     )
 
 
+def with_family(config: ModelConfig) -> ModelConfig:
+    """The same model in a family that can express it: its own, or the first; else as it is."""
+    if family(config.family).expresses(config):
+        return config
+    try:
+        return family_for(config)
+    except UserError:
+        return config
+
+
 def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict` of a `ModelConfig`; UserError names an unknown key."""
     parts: dict[str, Any] = {
