@@ -49,6 +49,10 @@ def explain(text: str, options: Sequence[str], prog: str) -> UserError:
     option = "--" + ".".join(keys)
     if base is not None and len(keys) == 1:
         return _bad_class(text, option, base, prog)
+    refused = re.findall(r"Option '([^']+)' is not accepted", text)
+    if refused:
+        near = [name for name in options if name.startswith(f"{option}.")]
+        return _unknown(f"{option}.{refused[-1]}", near, prog)
     expected = sorted(
         set(re.findall(r"Expected an? ([^\n]+?)(?:\. Got value|$)", text, re.MULTILINE))
     )

@@ -275,3 +275,8 @@ def test_unknown_settings_in_a_configuration_show_the_nearest(tmp_path, text, ex
     path.write_text(text)
     with pytest.raises(UserError, match=expected):
         pretrain("--config", str(path))
+
+
+def test_a_wrong_word_deep_in_a_custom_model_is_named():
+    with pytest.raises(UserError, match=r"unknown option --model_config\.moe\.num_expert\."):
+        pretrain("--model_config.moe.num_expert", "4")

@@ -3,7 +3,7 @@ from math import prod
 
 import pytest
 
-from gristmill.config.model import ModelConfig, RopeScaling
+from gristmill.config.model import MixtureOfExperts, ModelConfig, RopeScaling
 from gristmill.models import zoo
 from gristmill.models.counts import parameter_shapes
 from gristmill.models.zoo.weights import conversions
@@ -291,3 +291,12 @@ def test_several_end_ids_read_as_the_first():
 def test_configuration_of_a_newer_version_is_refused():
     with pytest.raises(UserError, match=r"unknown settings \(gadget\). Update gristmill"):
         zoo.config_from_dict(asdict(ModelConfig()) | {"gadget": 1})
+
+
+def test_a_custom_model_finds_a_family_that_expresses_it():
+    plain = ModelConfig(num_layers=2)
+    assert zoo.with_family(plain) == plain
+    experts = MixtureOfExperts(num_experts=4, intermediate_size=plain.intermediate_size)
+    assert zoo.with_family(replace(plain, moe=experts)).family == "mixtral"
+    nowhere = replace(plain, moe=experts, embedding_norm=True, qkv_clip=1.0)
+    assert zoo.with_family(nowhere) == nowhere
