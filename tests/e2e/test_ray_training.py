@@ -140,7 +140,7 @@ def test_a_worker_that_is_killed_and_the_bits_of_local_devices(nodes, world, tmp
     assert final_weights(out) == final_weights(tmp_path / "calm")
 
 
-def test_a_signal_is_obeyed_and_a_mistake_is_told_once(nodes, world, tmp_path):
+def test_a_signal_is_obeyed(nodes, world, tmp_path):
     out = tmp_path / "run"
     on_ray = ("--launcher", "ray", "--ray.address", nodes.address)
     process = start(tmp_path, pretrain(world, out, *on_ray, "--hook", "hooks:wait"))
