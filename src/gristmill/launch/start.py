@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def _train(cfg: Pretrain, *, quiet: bool = False) -> None:
     from gristmill.train.fit import fit
     from gristmill.train.settle import settle
 
-    with contextlib.redirect_stdout(None) if quiet else contextlib.nullcontext():
+    with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
         job = settle(cfg)
     fit(job)
 

@@ -108,9 +108,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, train_set, earlier)
     train = training_stream(cfg.train, train_set, seq_len=seq_len, seed=datasets.seed)
-    val = None
-    if val_set is not None:
-        val = val_set.held_out(seq_len)
+    val = None if val_set is None else val_set.held_out(seq_len)
     length = plan_length(
         cfg.train, cfg.eval, seq_len=seq_len, num_samples=_epoch(train_set, train), earlier=earlier
     )
