@@ -7,6 +7,7 @@ import pytest
 from small import MODEL, train_tokenizer, write_novels
 
 from gristmill.cli import main
+from gristmill.data.reading.corpus import Corpus, Part
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +143,35 @@ def test_a_batch_that_is_spread_has_the_same_samples_in_another_order(corpora, t
     for name in ("near", "spread"):
         record = tmp_path / name / "step-00000012" / "checkpoint.json"
         assert ("spread" in json.loads(record.read_text())["stream"]) == (name == "spread")
+
+
+def test_each_source_has_a_validation_loss_of_its_own(corpora, tmp_path, capsys):
+    root = corpora
+    words = ["prepare", "textfiles", "--input_dir", str(root / "more"), "--val_fraction", "0.3"]
+    words += ["--output_dir", str(tmp_path / "tales"), "--tokenizer_dir", str(root / "tokenizer")]
+    assert main(words) == 0
+    web, tales = str(root / "web"), str(tmp_path / "tales")
+    sources = [{"path": web, "weight": 1}, {"path": tales, "weight": 1}]
+    few = ("--eval.max_iters", "1", "--eval.interval", "6")
+    capsys.readouterr()
+    assert pretrain(sources, tmp_path / "run", *few) == 0
+    found = [row for row in rows(tmp_path / "run") if "val_loss" in row]
+    assert [row["step"] for row in found] == [6, 12]
+    for row in found:
+        each = [row["val_loss/web"], row["val_loss/tales"]]
+        assert min(each) < row["val_loss"] < max(each)
+        for name in ("web", "tales"):
+            assert 0 < row[f"val_bits_per_byte/{name}"] < row[f"val_loss/{name}"] / 0.6931
+    assert ", tales " in capsys.readouterr().out
+    # The whole set at the end is the mean over all targets, whatever the sources.
+    last = found[-1]
+    share = (last["val_loss"] - last["val_loss/tales"]) / (
+        last["val_loss/web"] - last["val_loss/tales"]
+    )
+    samples = [len_of(path) for path in (web, tales)]
+    assert share == pytest.approx(samples[0] / sum(samples), abs=1e-3)
+
+
+def len_of(path):
+    """Samples of the model's length in the held-out part of a dataset."""
+    return Corpus.open([Part(f"{path}/val")]).held_out(MODEL["max_seq_length"]).num_samples

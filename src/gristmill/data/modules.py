@@ -143,7 +143,8 @@ def _mixture(data: Mixture) -> Datasets:
         part = Part(side, source.weight, source.name or "", source.max_epochs)
         train.append(part)
         if held_out is not None:
-            val.append(dataclasses.replace(part, path=held_out))
+            name = part.name or name_of(part.path)
+            val.append(dataclasses.replace(part, path=held_out, name=name))
     names = [part.name or name_of(part.path) for part in train]
     if len(set(names)) < len(names):
         raise UserError(

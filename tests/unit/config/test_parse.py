@@ -128,6 +128,7 @@ def test_litgpt_class_paths_are_understood(tmp_path):
     "setting",
     [
         {"hook": "os:system"},
+        {"eval": {"command": "echo {model}"}},
         {"data": {"class_path": "evil.Data"}},
         {"data": {"class_path": "evil.TextFiles"}},
         {"data": "evil:Data"},
