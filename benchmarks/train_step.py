@@ -1,12 +1,15 @@
-"""Speed and memory of training, beside LitGPT's own `pretrain` on the same model, batch and tokens.
+"""Speed and memory of training beside other tools, on the same model, batch and tokens.
 
-    python benchmarks/train_step.py --peer_python PEER/bin/python [--rounds 5] [--steps 60]
+    python benchmarks/train_step.py --peer_python PEER/bin/python --hf_python HF/bin/python
+        [--models pythia-14m:4x512 pythia-160m:2x1024] [--rounds 5] [--steps 60]
 
-Both commands run as a user runs them, each in a process of its own, in turns. What is measured is
-the time from one iteration to the next, everything in between included (data, logging), from
-outside: by a hook of ours, by the data module of LitGPT. A run's figure is its median iteration
-after the first 20; the result is the median over rounds of the ratios. Memory is the peak of the
-process. Without --peer_python only ours is measured. `benchmarks/README.md` says how to make PEER.
+Peers: LitGPT's own `pretrain`, Hugging Face's Trainer (compiled) and a loop in the style of nanoGPT
+(`in_process/plain_loop.py`), each in a process of its own, in turns. What is measured is the time
+from one iteration to the next, everything in between included (data, logging). Between iterations
+every side times one bf16 product of 2048 x 2048 matrices, which is not counted: its median is the
+peak that MFU is given against. A run's figure is its median iteration after the first third; the
+result is the median over rounds of the ratios. Memory is the peak of the process. Without
+--peer_python and --hf_python those are left out. `benchmarks/README.md` says how to make them.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import statistics
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +31,32 @@ from _common import Child, environment, print_table, run_child, spread, versions
 
 from gristmill.data.reading.stream import TokenStream
 from gristmill.data.store.dataset import Dataset
+from gristmill.models import counts, zoo
 
-MODEL = "pythia-14m"
-BATCH, SEQ_LEN = 4, 512
-WARM = 20
 SEED = 42
 IN_PROCESS = Path(__file__).resolve().parent / "in_process"
+PROBE_FLOPS = 2 * 2048**3
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the batch it is trained on."""
+
+    model: str
+    batch: int
+    seq_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """`pythia-14m:4x512`."""
+        model, _, shape = text.partition(":")
+        batch, _, seq_len = shape.partition("x")
+        return cls(model, int(batch), int(seq_len))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.seq_len
 
 
 @dataclass(frozen=True)
@@ -41,17 +65,38 @@ class Result:
 
     tokens_per_s: float
     peak_bytes: int
+    mfu: float
+    """Operations of the model's products per second over those of the product timed between."""
 
 
 def main() -> None:
-    """Measure, print the table and the JSON line."""
+    """Measure, print a table and a JSON line for each model."""
     args = parse_arguments()
     work = Path(args.work_dir or tempfile.mkdtemp(prefix="train-step-"))
     dataset = prepare(work, args.text)
-    tokens = dump_tokens(dataset, work / f"tokens-{args.steps}.npy", args.steps)
-    sides = {"gristmill": lambda n: run_ours(work, dataset, args, n)}
+    for case in map(Case.parse, args.models):
+        measure(case, work, dataset, args)
+    if not args.work_dir:
+        shutil.rmtree(work)
+
+
+def measure(case: Case, work: Path, dataset: Path, args: argparse.Namespace) -> None:
+    """All rounds of one model."""
+    folder = work / f"{case.model}-{case.batch}x{case.seq_len}"
+    folder.mkdir(exist_ok=True)
+    tokens = dump_tokens(case, dataset, folder / f"tokens-{args.steps}.npy", args.steps)
+    config = folder / "config.json"
+    model = zoo.get(case.model)
+    config.write_text(json.dumps(zoo.family(model.family).to_hf_config(model)))
+    sides: dict[str, Callable[[int], Result]] = {
+        "gristmill": lambda n: run_ours(case, folder, dataset, args, n)
+    }
     if args.peer_python:
-        sides["litgpt"] = lambda n: run_peer(work, tokens, args, n)
+        sides["litgpt"] = lambda n: run_litgpt(case, folder, tokens, args, n)
+    if args.hf_python:
+        sides["trainer"] = lambda n: run_trainer(case, folder, config, tokens, args, n)
+    if args.plain:
+        sides["plain loop"] = lambda n: run_plain(case, folder, config, tokens, args, n)
     for run in sides.values() if args.warm_up else ():
         run(-1)  # fills the compilers' caches, so that all rounds are alike
     results: dict[str, list[Result]] = {name: [] for name in sides}
@@ -60,19 +105,21 @@ def main() -> None:
             result = run(number)
             results[name].append(result)
             print(
-                f"round {number + 1} {name}: {result.tokens_per_s:,.0f} tokens/s, "
-                f"{result.peak_bytes / 1e6:,.0f} MB",
+                f"{case.model} round {number + 1} {name}: {result.tokens_per_s:,.0f} tokens/s, "
+                f"{result.peak_bytes / 1e6:,.0f} MB, MFU {100 * result.mfu:.0f} %",
                 file=sys.stderr,
             )
-    report(args, results, import_peaks(work, args))
-    if not args.work_dir:
-        shutil.rmtree(work)
+    report(case, args, results, import_peaks(folder, args))
 
 
 def parse_arguments() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    both = ["pythia-14m:4x512", "pythia-160m:2x1024"]
+    parser.add_argument("--models", nargs="*", default=both, help="MODEL:ROWSxTOKENS of a batch")
     parser.add_argument("--peer_python", help="interpreter of an environment with LitGPT")
+    parser.add_argument("--hf_python", help="interpreter with transformers and accelerate")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="iterations of each run")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -81,8 +128,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--warm_up", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ours", nargs="*", default=[], help="more options for gristmill pretrain")
     args = parser.parse_args()
-    if args.steps <= WARM + 5:
-        parser.error(f"--steps {args.steps}: the first {WARM} do not count, so give more")
+    if args.steps < 6:
+        parser.error(f"--steps {args.steps}: the first third does not count, so give 6 or more")
     return args
 
 
@@ -108,117 +155,157 @@ def prepare(work: Path, text: str | None) -> Path:
     return dataset
 
 
-def dump_tokens(dataset: Path, path: Path, steps: int) -> Path:
-    """The batches that our run will read, int64 [steps, BATCH, SEQ_LEN + 1], for the peer."""
-    stream = TokenStream(Dataset.open(dataset / "train"), SEQ_LEN, seed=SEED)
-    np.save(path, np.stack([stream.batch(i * BATCH, BATCH).tokens for i in range(steps)]))
+def dump_tokens(case: Case, dataset: Path, path: Path, steps: int) -> Path:
+    """The batches that our run will read, int64 [steps, batch, seq_len + 1], for the peers."""
+    stream = TokenStream(Dataset.open(dataset / "train"), case.seq_len, seed=SEED)
+    rows = case.batch
+    np.save(path, np.stack([stream.batch(i * rows, rows).tokens for i in range(steps)]))
     return path
 
 
-def run_ours(work: Path, dataset: Path, args: argparse.Namespace, number: int) -> Result:
+def run_ours(
+    case: Case, work: Path, dataset: Path, args: argparse.Namespace, number: int
+) -> Result:
     """One `gristmill pretrain` from start to end."""
-    words = ["pretrain", MODEL, *common_options(work / f"ours-{number}", args.steps)]
+    words = ["pretrain", case.model, *common_options(case, work / f"ours-{number}", args.steps)]
     words += ["--data", "LitData", "--data.data_path", str(dataset), "--data.seed", str(SEED)]
     words += ["--hook", "stamp_steps:stamp", *args.ours]
-    return measured(gristmill(*words), work, "ours", args.threads, number)
+    return measured(case, gristmill(*words), work, "ours", args.threads, number)
 
 
-def run_peer(work: Path, tokens: Path, args: argparse.Namespace, number: int) -> Result:
+def run_litgpt(
+    case: Case, work: Path, tokens: Path, args: argparse.Namespace, number: int
+) -> Result:
     """One `litgpt pretrain` from start to end."""
-    words = ["pretrain", MODEL, *common_options(work / f"peer-{number}", args.steps)]
+    words = ["pretrain", case.model, *common_options(case, work / f"litgpt-{number}", args.steps)]
     words += ["--data", "litgpt_fixed_tokens.FixedTokens", "--data.tokens_path", str(tokens)]
     words += ["--logger_name", "csv", "--devices", "1"]
     command = [args.peer_python, "-m", "litgpt", *words]
-    return measured(command, work, "peer", args.threads, number)
+    return measured(case, command, work, "litgpt", args.threads, number)
 
 
-def common_options(out_dir: Path, steps: int) -> list[str]:
+def run_trainer(
+    case: Case, work: Path, config: Path, tokens: Path, args: argparse.Namespace, number: int
+) -> Result:
+    """Hugging Face's Trainer over all batches."""
+    words = [str(config), str(tokens), str(work / f"trainer-{number}")]
+    command = [args.hf_python, str(IN_PROCESS / "hf_trainer.py"), *words]
+    return measured(case, command, work, "trainer", args.threads, number)
+
+
+def run_plain(
+    case: Case, work: Path, config: Path, tokens: Path, args: argparse.Namespace, number: int
+) -> Result:
+    """The loop in the style of nanoGPT over all batches."""
+    command = [sys.executable, str(IN_PROCESS / "plain_loop.py"), str(config), str(tokens)]
+    return measured(case, command, work, "plain", args.threads, number)
+
+
+def common_options(case: Case, out_dir: Path, steps: int) -> list[str]:
     """The options that both commands have; all others are left at their defaults."""
     shutil.rmtree(out_dir, ignore_errors=True)
     return [
         f"--out_dir={out_dir}",
         "--precision=bf16-mixed",
-        f"--train.max_tokens={steps * BATCH * SEQ_LEN}",
-        f"--train.global_batch_size={BATCH}",
-        f"--train.micro_batch_size={BATCH}",
-        f"--train.max_seq_length={SEQ_LEN}",
-        "--train.lr_warmup_steps=20",
+        f"--train.max_tokens={steps * case.tokens}",
+        f"--train.global_batch_size={case.batch}",
+        f"--train.micro_batch_size={case.batch}",
+        f"--train.max_seq_length={case.seq_len}",
+        f"--train.lr_warmup_steps={min(20, steps // 2)}",
         "--train.save_interval=1000",
         "--eval.interval=1000",
-        "--eval.max_iters=100",
+        "--eval.max_iters=8",
     ]
 
 
-def measured(command: list[str], work: Path, side: str, threads: int, number: int) -> Result:
+def measured(
+    case: Case, command: list[str], work: Path, side: str, threads: int, number: int
+) -> Result:
     """Run a training command and read its stamps; its output directory goes afterwards."""
-    stamps = work / "logs" / f"{side}-{number}.stamps"
-    stamps.unlink(missing_ok=True)
+    place = work / "logs" / f"{side}-{number}.stamps"
+    place.unlink(missing_ok=True)
     env = {
-        "STAMPS": str(stamps),
+        "STAMPS": str(place),
         "PYTHONPATH": os.pathsep.join([str(IN_PROCESS), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(threads),
         "TORCHINDUCTOR_CACHE_DIR": str(work / f"inductor-{side}"),
     }
     child = run_child(command, work / "logs" / f"{side}-{number}.txt", env)
-    shutil.rmtree(work / f"{side}-{number}")
-    times = [float(line) for line in stamps.read_text().split()]
-    gaps = [later - earlier for earlier, later in zip(times, times[1:])]
-    return Result(BATCH * SEQ_LEN / statistics.median(gaps[WARM:]), child.peak_bytes)
+    shutil.rmtree(work / f"{side}-{number}", ignore_errors=True)
+    stamps = [tuple(map(float, line.split())) for line in place.read_text().splitlines()]
+    gaps = [later[0] - earlier[1] for earlier, later in zip(stamps, stamps[1:])]
+    counted = gaps[len(gaps) // 3 :]
+    speed = case.tokens / statistics.median(counted)
+    peak = PROBE_FLOPS / statistics.median([probe for _, _, probe in stamps[-len(counted) :]])
+    flops = counts.flops_per_token(zoo.get(case.model), case.seq_len)
+    return Result(speed, child.peak_bytes, speed * flops / peak)
 
 
 def import_peaks(work: Path, args: argparse.Namespace) -> dict[str, Child]:
     """Memory of a process that has only imported each side's training module."""
-    imports = {"gristmill": (sys.executable, "import gristmill.train.fit")}
-    if args.peer_python:
-        imports["litgpt"] = (args.peer_python, "import litgpt.pretrain")
+    imports = {
+        "gristmill": (sys.executable, "import gristmill.train.fit"),
+        "litgpt": (args.peer_python, "import litgpt.pretrain"),
+        "trainer": (args.hf_python, "from transformers import Trainer, GPTNeoXForCausalLM"),
+        "plain loop": (sys.executable, "import torch"),
+    }
     return {
         name: run_child([python, "-c", code], work / f"logs/import-{name}.txt")
         for name, (python, code) in imports.items()
+        if python
     }
 
 
 def report(
-    args: argparse.Namespace, results: dict[str, list[Result]], imports: dict[str, Child]
+    case: Case,
+    args: argparse.Namespace,
+    results: dict[str, list[Result]],
+    imports: dict[str, Child],
 ) -> None:
     """The table for people, then one JSON line."""
     record: dict[str, object] = {
         "benchmark": "train_step",
-        "model": MODEL,
-        "batch": [BATCH, SEQ_LEN],
+        "model": case.model,
+        "batch": [case.batch, case.seq_len],
         "precision": "bf16-mixed",
         "rounds": args.rounds,
         "steps": args.steps,
+        "load_average": os.getloadavg(),
         **environment(args.threads),
         "versions": versions(sys.executable, ["gristmill", "torch"]),
     }
+    if args.peer_python:
+        record["litgpt_versions"] = versions(args.peer_python, ["litgpt", "torch", "lightning"])
+    if args.hf_python:
+        record["trainer_versions"] = versions(args.hf_python, ["transformers", "accelerate"])
     rows = []
     for name, runs in results.items():
         speed = spread([run.tokens_per_s for run in runs])
         peak = spread([float(run.peak_bytes) for run in runs])
-        above = peak["median"] - imports[name].peak_bytes
+        mfu = spread([run.mfu for run in runs])
+        pairs = list(zip(results["gristmill"], runs))
+        faster = spread([ours.tokens_per_s / peer.tokens_per_s for ours, peer in pairs])
+        memory = spread([ours.peak_bytes / peer.peak_bytes for ours, peer in pairs])
+        above = f"{(peak['median'] - imports[name].peak_bytes) / 1e6:,.0f}"
         rows.append(
             [
                 name,
                 f"{speed['median']:,.0f}",
                 f"{speed['p10']:,.0f} - {speed['p90']:,.0f}",
-                f"{BATCH * SEQ_LEN / speed['median'] * 1e3:,.0f}",
+                f"{case.tokens / speed['median'] * 1e3:,.0f}",
+                f"{100 * mfu['median']:.0f}",
                 f"{peak['median'] / 1e6:,.0f}",
-                f"{above / 1e6:,.0f}",
+                above,
+                f"{faster['median']:.2f}",
+                f"{memory['median']:.2f}",
             ]
         )
-        record[name] = {"tokens_per_s": speed, "peak_bytes": peak, "peak_above_import_bytes": above}
-    print_table(["", "tokens/s", "p10 - p90", "step ms", "peak MB", "above import MB"], rows)
-    if "litgpt" in results:
-        pairs = list(zip(results["gristmill"], results["litgpt"]))
-        speed = spread([ours.tokens_per_s / peer.tokens_per_s for ours, peer in pairs])
-        memory = spread([ours.peak_bytes / peer.peak_bytes for ours, peer in pairs])
-        record["peer_versions"] = versions(args.peer_python, ["litgpt", "torch", "lightning"])
-        record["ratio"] = {"tokens_per_s": speed, "peak_bytes": memory}
-        print(
-            f"\n{speed['median']:.2f} times the tokens per second of LitGPT (median of "
-            f"{args.rounds} ratios), {memory['median']:.2f} times its peak memory\n"
-        )
-    print(json.dumps(record))
+        record[name] = {"tokens_per_s": speed, "peak_bytes": peak, "mfu": mfu}
+        record[f"gristmill / {name}"] = {"tokens_per_s": faster, "peak_bytes": memory}
+    print(f"\n{case.model}, batches of {case.batch} x {case.seq_len} tokens")
+    header = ["", "tokens/s", "p10 - p90", "step ms", "MFU %", "peak MB", "above import"]
+    print_table([*header, "ours is faster", "our memory"], rows)
+    print(json.dumps(record), flush=True)
 
 
 if __name__ == "__main__":
