@@ -5,11 +5,15 @@ No torch: the planner asks these questions before anything is built.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 
 from gristmill.config.model import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
+Sizes = Mapping[str, int]
+"""The axes of a mesh of processes: replicate, shard, context, tensor; one that is left out is 1."""
 
 BYTES_PER_WEIGHT = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2}
 BYTES_PER_ACTIVATION = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2}
@@ -187,14 +191,40 @@ def kv_cache_bytes(
     return per_token * batch_size * max_length * bytes_per_value
 
 
-def state_bytes(config: ModelConfig, precision: str) -> int:
+def state_bytes(config: ModelConfig, precision: str, sizes: Sizes | None = None) -> int:
     """Weights, gradients and the two moments of AdamW, all in the type of the weights.
 
-    bf16-mixed adds the bf16 copies of the matrices that autocast keeps for one pass.
+    bf16-mixed adds the bf16 copies of the matrices that autocast keeps for one pass. `sizes` are
+    those of a mesh of processes (`Parallel`): the answer is for one of them. Matrices are cut over
+    shard x context x tensor, what is no matrix is not, and weights that are put together block by
+    block leave no copies.
     """
-    weight = BYTES_PER_WEIGHT[precision]
-    copies = 2 if precision == "bf16-mixed" else 0
-    return num_parameters(config) * (4 * weight + copies)
+    shard, tensor = _cut(sizes)
+    parts = shard * tensor
+    matrices = sum(prod(s) for s in parameter_shapes(config).values() if len(s) > 1)
+    numbers = matrices / parts + num_parameters(config) - matrices
+    together = shard > 1 or (sizes or {}).get("replicate", 1) > 1
+    copies = 2 if precision == "bf16-mixed" and not together else 0
+    return int(numbers * (4 * BYTES_PER_WEIGHT[precision] + copies))
+
+
+def _cut(sizes: Sizes | None) -> tuple[int, int]:
+    """Into how many parts shard x context and tensor cut matrices."""
+    sizes = sizes or {}
+    return sizes.get("shard", 1) * sizes.get("context", 1), sizes.get("tensor", 1)
+
+
+def _share(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The model as one of `tensor` processes computes it: a part of the heads and inner values."""
+    if tensor == 1:
+        return config
+    return replace(
+        config,
+        num_heads=config.num_heads // tensor,
+        num_kv_heads=config.kv_heads // tensor,
+        head_dim=config.head_size,
+        intermediate_size=config.intermediate_size // tensor,
+    )
 
 
 def activation_bytes(
@@ -203,6 +233,7 @@ def activation_bytes(
     seq_len: int,
     precision: str,
     recompute: str | float = "none",
+    sizes: Sizes | None = None,
 ) -> int:
     """What an eager forward pass keeps for the backward pass, and what that makes again of it.
 
@@ -217,9 +248,15 @@ def activation_bytes(
     Full recomputation keeps the residual stream before each block (d), selective also the results
     of products (q + 2 kv + q + 2 d, and half of the inner values), and a number is a share between
     none and full; all of one block exists at a time in the backward pass.
+
+    One of several processes (`sizes`) has its part of the heads and inner values and its part of
+    the positions, and keeps keys and values of all positions of its heads.
     """
-    tokens, layers = micro_batch * seq_len, config.num_layers
+    context = (sizes or {}).get("context", 1)
+    config = _share(config, _cut(sizes)[1])
+    tokens, layers = micro_batch * seq_len // context, config.num_layers
     block, narrow = _block_bytes(config, precision), BYTES_PER_ACTIVATION[precision]
+    block += 2 * narrow * (context - 1) * config.kv_heads * config.head_size
     stream = BYTES_PER_WEIGHT[precision] * config.hidden_size
     last = _norm_bytes(config, precision) * config.hidden_size
     if recompute == "none":
@@ -246,6 +283,9 @@ def _block_bytes(config: ModelConfig, precision: str) -> int:
     norm, narrow = _norm_bytes(config, precision), BYTES_PER_ACTIVATION[precision]
     inner = _feed_forward_values(config)
     block = 2 * norm * config.hidden_size + narrow * (2 * q + 2 * kv + inner) + 4 * config.num_heads
+    if precision == "bf16-mixed":
+        # Each product that reads the stream has a bf16 copy of its own; one a norm is counted.
+        block += narrow * config.hidden_size * (2 + (config.mlp == "gated"))
     latent = config.latent_attention
     if latent is not None:
         rank, out = latent.kv_lora_rank, config.num_heads * latent.v_head_dim
@@ -271,13 +311,25 @@ def training_memory_bytes(
     seq_len: int,
     precision: str,
     recompute: str | float = "none",
+    sizes: Sizes | None = None,
 ) -> int:
     """Estimate of a training step's peak on one device: state, activations, one piece of logits.
+
+    Of several (`sizes`), what one of them holds, with the parts of others that it has put together.
 
     An estimate for the planner and its messages; a dry run has the last word.
     """
     # The loss never holds more than about a thousand rows of logits, in compute type and fp32.
+    shard, tensor = _cut(sizes)
     rows = min(micro_batch * seq_len, 1024)
-    logits = rows * config.token_ids * (4 + BYTES_PER_ACTIVATION[precision])
-    state = state_bytes(config, precision)
-    return state + activation_bytes(config, micro_batch, seq_len, precision, recompute) + logits
+    logits = rows * config.token_ids * (4 + BYTES_PER_ACTIVATION[precision]) // tensor
+    total = state_bytes(config, precision, sizes) + logits
+    total += activation_bytes(config, micro_batch, seq_len, precision, recompute, sizes)
+    return total + (_gathered_bytes(config, precision, tensor) if shard > 1 else 0)
+
+
+def _gathered_bytes(config: ModelConfig, precision: str, tensor: int) -> int:
+    """Whole weights where each process has a part: two blocks, their gradients, and the head's."""
+    block = max(sum(map(prod, _block_shapes(config, e).values())) for e in config.expert_layers)
+    head = config.vocab_size * config.hidden_size * BYTES_PER_WEIGHT[precision]
+    return 2 * (2 * block * BYTES_PER_ACTIVATION[precision] + head) // tensor
