@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from gristmill.parallel.check import check_mesh
 from gristmill.parallel.compile import compile_blocks, missing_for_compile
 from gristmill.parallel.context import share_positions
 from gristmill.parallel.mesh import Mesh
@@ -28,6 +29,7 @@ def parallelize(
     The model may be on the meta device: weights are filled in afterwards (see `weights.py`).
     Order matters: later items see what earlier ones made.
     """
+    check_mesh(model.config, mesh.sizes)
     share_products(model, mesh)
     share_positions(model, mesh)
     apply_recompute(model, recompute)
