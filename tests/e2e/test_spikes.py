@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,43 @@ def test_without_a_checkpoint_a_spike_is_skipped(world, tmp_path, inject, capsys
     assert run(world, tmp_path / "run", "rewind", "--train.save_interval", "20") == 0
     assert "there is no checkpoint to go back to" in capsys.readouterr().out
     assert read_record(complete(tmp_path / "run")[0])["skipped_steps"] == 1
+
+
+HOOK = '''
+import torch
+
+def spoil(run, stats):
+    """The weights that step 10 has left are spoiled on all ranks, once."""
+    if run.state.step == 10 and run.state.rewinds == 0:
+        with torch.no_grad():
+            run.model.norm.weight.mul_(1e3)
+'''
+
+
+def test_several_ranks_go_back_together(world, tmp_path, monkeypatch):
+    (tmp_path / "spoiling.py").write_text(HOOK)
+    path = f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    hook = ("--hook", "spoiling:spoil", "--train.micro_batch_size", "2")
+    assert run(world, tmp_path / "one", "rewind", *hook) == 0
+    words = pretrain(world, tmp_path / "two", "--train.on_spike", "rewind", *LOOK, *hook)
+    words = [sys.executable, "-m", "gristmill", *words, "--devices", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("back to step 8, passing over the 12 samples since") == 1
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [row["samples"] for row in two] == [row["samples"] for row in one]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-5)
+    records = [read_record(complete(tmp_path / name)[0]) for name in ("one", "two")]
+    assert [record["rewinds"] for record in records] == [1, 1]
+    assert two[-1]["samples"] == 23 * BATCH
+
+
+def test_samples_are_refused_on_several_devices(world, tmp_path):
+    words = pretrain(world, tmp_path / "run", "--eval.sample_prompt", "The", "--devices", "2")
+    words = [sys.executable, "-m", "gristmill", *words]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "--eval.sample_prompt works on one device" in done.stderr
