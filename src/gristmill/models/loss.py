@@ -232,7 +232,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        # The first chunk writes it: a pass over memory less than to add to zeros.
+        fresh = torch.empty_like if len(hidden) else torch.zeros_like
+        grad_weight = fresh(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
         limit = CPU_CHUNK_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
         size = min(limit, hidden.shape[0])
@@ -268,7 +270,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[rows] = (powers @ narrow) * scale
                 if grad_weight is not None:
-                    accumulate(grad_weight, powers.t() @ (part * scale).to(dtype))
+                    product = powers.t() @ (part * scale).to(dtype)
+                    (accumulate if start else torch.Tensor.copy_)(grad_weight, product)
                 if grad_bias is not None:
                     grad_bias += (powers.t() @ scale.to(dtype)).squeeze(-1)
         if grad_hidden is not None and how.shard is not None:
