@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,12 +126,16 @@ def ranks_of(out: Path) -> list[psutil.Process]:
 
 
 def test_a_worker_that_is_killed_and_the_bits_of_local_devices(nodes, world, tmp_path):
+    """From raw text, which the cluster prepares."""
     nodes.add()
     out = tmp_path / "run"
+    shutil.copytree(world / "novels", tmp_path / "novels", ignore=lambda *_: [".gristmill"])
+    shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
     on_ray = ("--launcher", "ray", "--num_nodes", "2", "--ray.address", nodes.address)
-    process = start(tmp_path, pretrain(world, out, *on_ray, "--hook", "hooks:kill"))
+    process = start(tmp_path, pretrain(tmp_path, out, *on_ray, "--hook", "hooks:kill"))
     said, _ = process.communicate(timeout=WAIT_S)
     assert process.returncode == 0, said
+    assert "preparing" in said
     assert (out / "killed").exists()
     assert "the workers were started again (restart 1)" in said
     assert [row["step"] for row in metrics(out) if "loss" in row] == list(range(1, 21))
