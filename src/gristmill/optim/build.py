@@ -26,8 +26,11 @@ def build_optimizer(
     """
     if hasattr(cfg, "build"):
         built: torch.optim.Optimizer = cfg.build(model)
-        for group in built.param_groups:
-            group.setdefault("peak_lr", group["lr"])
+        built.param_groups = [
+            {"peak_lr": group["lr"], **group, "params": params}
+            for group in built.param_groups
+            for params in _by_mesh(group["params"])
+        ]
         return built
     if isinstance(cfg, sections.AdamW):
         groups = parameter_groups(model, lr=cfg.lr, weight_decay=cfg.weight_decay)

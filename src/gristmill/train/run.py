@@ -23,6 +23,7 @@ from gristmill.data.reading.corpus import MANY_EPOCHS
 from gristmill.data.reading.stream import Batch
 from gristmill.models.counts import num_parameters
 from gristmill.models.device import describe
+from gristmill.parallel.check import check_mesh
 from gristmill.parallel.heartbeat import Heartbeat
 from gristmill.parallel.mesh import Mesh, close_mesh, open_mesh
 from gristmill.track.console import Console, count, duration
@@ -138,6 +139,7 @@ class Run:
         files = (job.out_dir, job.going_on, job.length, job.micro_batch_size)
         theirs, (out_dir, going_on, length, micro) = self.ranks.main_says((mine, files))
         self.ranks.together(lambda: _check_same(theirs, mine))
+        check_mesh(job.model, mesh.sizes, seq_len=length.seq_len)
         batch = length.global_batch_size
         if mesh.data_world > batch:
             raise UserError(
