@@ -22,11 +22,16 @@ PAGES = [
 
 
 def commands(page: Path) -> list[list[str]]:
-    """The commands in the indented blocks of a page."""
-    found = []
+    """The commands in the indented and fenced blocks of a page."""
+    found, fenced = [], False
     for line in page.read_text().replace("\\\n", " ").splitlines():
         words = line.strip().removeprefix("$ ").removeprefix("srun ")
-        if line.startswith("    ") and words.startswith("gristmill ") and "…" not in words:
+        fenced ^= line.startswith("```")
+        if (
+            (fenced or line.startswith("    "))
+            and words.startswith("gristmill ")
+            and "…" not in words
+        ):
             # The prompt of a command may go over several lines.
             closed = words if words.count("'") % 2 == 0 else words + "'"
             found.append(shlex.split(closed, comments=True)[1:])
