@@ -21,6 +21,9 @@ ELSEWHERE = {
 }
 """Options of other tools that have no like here, and what to do instead."""
 
+NESTED = re.compile(r"NestedArg\(key='[^']*', val=(.+)\)")
+"""How the parser shows the value of an option deep in settings."""
+
 PLAIN_TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -53,9 +56,12 @@ def explain(text: str, options: Sequence[str], prog: str) -> UserError:
     if refused:
         near = [name for name in options if name.startswith(f"{option}.")]
         return _unknown(f"{option}.{refused[-1]}", near, prog)
-    expected = sorted(
-        set(re.findall(r"Expected an? ([^\n]+?)(?:\. Got value|$)", text, re.MULTILINE))
-    )
+    missing = re.search(r"following arguments are required: ([^\n]+)", text)
+    if missing:
+        return _lacking(option, missing[1])
+    # Of an option deep in optional settings the parser also says what could stand for them all.
+    end = r"\. Got value" if NESTED.search(text) else r"(?:\. Got value|$)"
+    expected = sorted(set(re.findall(rf"Expected an? ([^\n]+?){end}", text, re.MULTILINE)))
     wanted = " or ".join(_plain(kind) for kind in expected) or "another kind of value"
     return UserError(
         f"{option} {_given(text)} does not fit. It takes {wanted}; see `{prog} --help`."
@@ -93,8 +99,7 @@ def _bad_class(text: str, option: str, base: type, prog: str) -> UserError:
         return _unknown(f"{option}.{refused[1]}", known, prog)
     missing = re.search(r"following arguments are required: (.+)", text)
     if missing:
-        lacking = ", ".join(f"{option}.{name.strip()}" for name in missing[1].split(","))
-        return UserError(f"{option} lacks a setting it needs. Add {lacking}.")
+        return _lacking(option, missing[1])
     reason = named and re.search(r"class_path '[^']+':\s+(.+)", text)
     if reason:
         return UserError(
@@ -111,7 +116,15 @@ def _bad_class(text: str, option: str, base: type, prog: str) -> UserError:
     )
 
 
+def _lacking(option: str, names: str) -> UserError:
+    needed = ", ".join(f"{option}.{name.strip()}" for name in names.split(","))
+    return UserError(f"{option} lacks a setting it needs. Add {needed}.")
+
+
 def _given(text: str) -> str:
+    nested = NESTED.search(text)
+    if nested:
+        return nested[1].strip("'\"")
     values = re.findall(r"(?:Given|Got) value: (.+)", text)
     return values[-1].strip() if values else text.splitlines()[-1].strip()
 

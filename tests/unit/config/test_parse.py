@@ -281,3 +281,20 @@ def test_unknown_settings_in_a_configuration_show_the_nearest(tmp_path, text, ex
 def test_a_wrong_word_deep_in_a_custom_model_is_named():
     with pytest.raises(UserError, match=r"unknown option --model_config\.moe\.num_expert\."):
         pretrain("--model_config.moe.num_expert", "4")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("moe.num_experts", "4", r"moe lacks a setting it needs\. Add \S+moe\.intermediate_size"),
+        (
+            "moe.num_experts",
+            "four",
+            r"moe\.num_experts four does not fit\. It takes a whole number;",
+        ),
+        ("rope_scaling.kind", "foo", r"kind foo does not fit\. It takes linear, dynamic, yarn"),
+    ],
+)
+def test_a_wrong_value_deep_in_a_custom_model_is_named(option, value, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(f"--model_config.{option}", value)
