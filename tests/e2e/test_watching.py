@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 
 import pytest
 from small import final_weights, main, metrics, pretrain
@@ -99,3 +100,21 @@ def test_settings_that_mean_nothing_are_refused(world, tmp_path, capsys, options
     assert main(pretrain(world, tmp_path / "run", *options)) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_ends_its_command(world, tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(
+        "import time\n"
+        "def fail(run, stats):\n"
+        "    time.sleep(0.2)\n"
+        "    if run.state.step == 8:\n"
+        "        raise RuntimeError('enough')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    command = f"touch {tmp_path}/begun; sleep 100; touch {tmp_path}/ended # {{model}}"
+    more = ("--eval.command", command, "--hook", "failing:fail")
+    began = time.monotonic()
+    assert main(pretrain(world, tmp_path / "run", *QUIET, *more)) == 1
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "ended").exists()
+    assert not (tmp_path / "run/eval/weights").exists()
