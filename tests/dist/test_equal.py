@@ -16,6 +16,7 @@ from gristmill.config.sections import Parallel
 from gristmill.formats.hf import write
 from gristmill.models.counts import parameter_shapes
 from gristmill.models.decoder import Decoder
+from gristmill.models.decoding import Context, generate_tokens
 from gristmill.models.init import init_weights
 from gristmill.parallel.mesh import close_mesh, open_mesh
 
@@ -226,3 +227,24 @@ def test_mixed_precision_agrees_as_far_as_bf16_goes(ranks, mesh, parts):
             assert gradient.dtype == torch.float32
             far = (gradient - wanted.gradients[name]).norm() / wanted.gradients[name].norm()
             assert far < 0.02, f"gradient of {name}: {far:.1e}"
+
+
+def written(case: Case) -> list[int]:
+    """Ids that the model finds likeliest after a few others, with a cache of keys and values."""
+    mesh = open_mesh(Parallel(**case.sizes), CPU)
+    model, _ = build(case, mesh)
+    with torch.no_grad():
+        ids = list(
+            generate_tokens(Context(model.eval()), [5, 6, 7], max_new_tokens=8, temperature=0.0)
+        )
+    close_mesh(mesh)
+    return ids
+
+
+@pytest.mark.parametrize("mesh", ["shard 2", "tensor 2, shard 2", "context 2, tensor 2"])
+def test_every_mesh_writes_the_same(ranks, monkeypatch, mesh):
+    world, sizes = MESHES[mesh]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    wanted = written(Case())
+    assert len(wanted) == 8
+    assert ranks(world, written, Case(sizes=sizes)) == [wanted] * world

@@ -108,6 +108,8 @@ class Decoder(nn.Module):
         check_config(config)
         super().__init__()
         self.config = config
+        self.own_config = config
+        """What this process computes of each block: fewer heads where several share them."""
         self.compiled = False
         """Whether blocks and the loss's softmax are compiled; for the one who does it to set."""
         self.vocabulary: VocabularyShard | None = None

@@ -41,7 +41,7 @@ class Context:
             return
         # At least twice as long as before: a growing conversation is copied a few times only.
         length = min(max(length, 2 * held), self.limit)
-        config = self.model.config
+        config = self.model.own_config
         grown = KVCache(config, 1, length, device=self.device, dtype=self._cache_dtype)
         if self._cache is not None:
             grown.copy_from(self._cache, len(self.ids))

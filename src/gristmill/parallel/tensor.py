@@ -13,6 +13,7 @@ inside a head, which see this process's heads alone: `gradients.py` sums those o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch.nn.functional as F
@@ -42,6 +43,13 @@ def share_products(model: nn.Module, mesh: Mesh) -> None:
             module.register_forward_pre_hook(_Entrance(axis))
         for norm in (attn.q_norm, attn.k_norm):
             norm.summed_over = (axis,)
+    config, ranks = model.config, axis.size()
+    model.own_config = dataclasses.replace(
+        config,
+        num_heads=config.num_heads // ranks,
+        num_kv_heads=config.kv_heads // ranks,
+        head_dim=config.head_size,
+    )
     model.vocabulary = Vocabulary(axis, model.config.vocab_size)
     model.embed = VocabularyEmbedding(cut(model.embed.weight, axis, 0), model.vocabulary)
     if not model.config.tie_embeddings:
