@@ -54,15 +54,15 @@ def trained(monkeypatch):
     numbers: list[int] = []
     begin, step = fit.reseed, fit.train_step
 
-    def reseed(seed, number):
+    def reseed(seed, number, *rank):
         numbers.append(number + 1)
-        begin(seed, number)
+        begin(seed, number, *rank)
 
-    def train_step(model, optimizer, batch, job):
+    def train_step(model, optimizer, batch, *rest, **options):
         tokens = np.ascontiguousarray(batch.tokens.cpu().numpy(), dtype="<i8")
         digest = xxhash.xxh3_64_hexdigest(tokens.data)
         digests.setdefault(numbers[-1], []).append(digest)
-        return step(model, optimizer, batch, job)
+        return step(model, optimizer, batch, *rest, **options)
 
     monkeypatch.setattr(fit, "reseed", reseed)
     monkeypatch.setattr(fit, "train_step", train_step)
