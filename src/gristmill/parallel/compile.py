@@ -52,7 +52,9 @@ def keep_what_is_compiled() -> None:
         os.environ[CACHE_VARIABLE] = str(folder)
 
 
-def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None:
+def compile_blocks(
+    model: nn.Module, device: torch.device | None = None, *, sharded: bool = False
+) -> None:
     """Compile every block in place; parameter names stay as they are.
 
     Blocks share their code, so the first one is compiled and the others reuse it. The head and its
@@ -61,9 +63,9 @@ def compile_blocks(model: nn.Module, device: torch.device | None = None) -> None
     options = None
     weight = next(model.parameters())
     device = weight.device if device is None else device
-    if device.type == "cpu" and weight.dtype == torch.bfloat16:
+    if device.type == "cpu" and (sharded or weight.dtype == torch.bfloat16):
         # Without this, two biases that meet in a parallel residual are a C++ compile error when
-        # their gradients are bf16 (torch 2.13).
+        # their gradients are bf16 (torch 2.13), as those of sharded weights may be.
         options = {"cpp.max_horizontal_fusion_size": 1}
     keep_what_is_compiled()
     for block in model.layers:

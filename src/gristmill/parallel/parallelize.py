@@ -33,7 +33,7 @@ def parallelize(
     share_products(model, mesh)
     share_positions(model, mesh)
     apply_recompute(model, recompute)
-    how = _compile(model, device, compile)
+    how = _compile(model, mesh, device, compile)
     if isinstance(recompute, float) and how.startswith("eager"):
         raise UserError(
             f"--recompute {recompute:g} needs compiled blocks, and this run is {how}. "
@@ -46,11 +46,11 @@ def parallelize(
     return how
 
 
-def _compile(model: nn.Module, device: torch.device, wanted: str) -> str:
+def _compile(model: nn.Module, mesh: Mesh, device: torch.device, wanted: str) -> str:
     if wanted == "off":
         return "eager"
     missing = missing_for_compile(device)
     if missing is not None:
         return f"eager ({missing})"
-    compile_blocks(model, device)
+    compile_blocks(model, device, sharded=mesh.fsdp is not None)
     return "compiled blocks"

@@ -20,7 +20,8 @@ def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job
     """The job with a micro-batch that fits the device, after compiling and allocating everything.
 
     Weights, moments and step counts stay as they are. A typed micro-batch that does not fit is a
-    UserError; an `auto` one is halved. A compiler that fails is left out, and a line says so.
+    UserError; an `auto` one is halved. A compiler that fails is left out, and a line says so;
+    of several ranks all end with the option that helps, as their weights are half put together.
     """
     job = run.job
     while True:
@@ -35,12 +36,16 @@ def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job
             return job
         model.zero_grad(set_to_none=True)
         if uncompile:
-            uncompile_blocks(model)
             reason = str(error).strip().splitlines()[0] if error else "on another rank"
+            if run.mesh.world > 1:  # weights that were being put together stay half way
+                raise UserError(
+                    f"torch.compile failed ({reason}). Train without it.", {"--compile": "off"}
+                )
+            uncompile_blocks(model)
             run.console.note(f"torch.compile failed, training goes on without it: {reason}")
             continue
         half = job.micro_batch_size // 2
-        if job.cfg.train.micro_batch_size != "auto" or half == 0:
+        if job.cfg.train.micro_batch_size != "auto" or half == 0 or run.mesh.world > 1:
             raise UserError(
                 f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
                 f"does not fit in the memory of {job.device}. Use a smaller micro-batch.",
