@@ -15,6 +15,7 @@ CLASS_OPTIONS: dict[str, type] = {"--data": DataModule, "--optimizer": Optimizer
 """Options whose value is the name of a class, with the base of those classes."""
 
 ELSEWHERE = {
+    "--parallel.pipeline": "There is no pipeline parallel yet: use --parallel.shard and tensor.",
     "--percentage": "Choose files by --pattern, or take a small slice by --fast_dev_run true.",
     "--convert_checkpoint": "Nothing needs converting here: leave it out.",
     "--dtype": "Leave it out: weights stay as they come, and --precision of a command reads them.",
