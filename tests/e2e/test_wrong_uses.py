@@ -277,7 +277,7 @@ def test_sequence_longer_than_the_documents_allow(refused, pretrain, tmp_path):
         ("--train.min_lr", "1"),
         ("--train.keep_last", "1"),
         ("--optimizer.lr", "0"),
-        ("--devices", "4"),
+        ("--devices", "0"),
     ],
 )
 def test_value_out_of_range(refused, pretrain, option, value):

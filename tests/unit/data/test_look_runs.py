@@ -105,9 +105,9 @@ def sources_of(page):
 def test_a_mixture_with_a_stage_over_a_resume(corpora, trained, inspected, tmp_path, monkeypatch):
     out, data = tmp_path / "run", (*mixed(corpora), *STAGE)
     source = "def hook(run, stats):\n    if run.state.step == 8: raise OSError('the power went')\n"
-    (tmp_path / "failing.py").write_text(source)
+    (tmp_path / "power_cut.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    assert pretrain(out, *data, "--hook", "failing:hook") == 1
+    assert pretrain(out, *data, "--hook", "power_cut:hook") == 1
     seen = [digest_of(inspected("--run", out, "--step", step)) for step in range(1, 9)]
     assert [[digest] for digest in seen] == [trained[step] for step in range(1, 9)]
 
