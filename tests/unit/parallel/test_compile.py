@@ -31,6 +31,7 @@ print("found" if found else "made")
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(tmp_path: Path):
     env = {k: v for k, v in os.environ.items() if not k.startswith("TORCHINDUCTOR")}
     env["XDG_CACHE_HOME"] = str(tmp_path)

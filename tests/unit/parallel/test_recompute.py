@@ -93,6 +93,7 @@ def test_eager_gradients_are_the_same_bits(how, precision, experts):
         assert torch.equal(found[name], gradient), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["selective", "full", 0.3])
 def test_compiled_gradients_agree(how):
     config = dataclasses.replace(DENSE, num_layers=2)
