@@ -113,7 +113,7 @@ def run(words) -> tuple[int, str]:
         [sys.executable, "-m", "gristmill", *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -288,7 +288,7 @@ def test_torchrun_is_joined(world, hooks):
     launch += ["--master-port=29581", "--no-python", sys.executable, "-m", "gristmill"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     words = [sys.executable, "-m", *launch, *pretrain(world, out, "--devices", "2")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     close(out, world / "run")
 
@@ -308,7 +308,7 @@ def test_two_processes_then_one_then_four_read_the_same_samples(world, hooks, mo
 
     hook = ("--hook", "faults:note")
     saving = start(pretrain(world, out, *hook), "gristmill.checkpoint.save:write_tensors", 3)
-    saving.communicate(timeout=120)
+    saving.communicate(timeout=300)
     assert saving.returncode == -signal.SIGKILL
     assert complete(out)[0].name == "step-00000012"
     code, said = run(pretrain(world, out, "--devices", "4", *hook))

@@ -18,7 +18,7 @@ from small import final_weights, metrics, pretrain
 
 pytestmark = pytest.mark.slow
 
-WAIT_S = 170
+WAIT_S = 600
 
 # A process of its own: tests refuse the connections to other addresses that Ray tries.
 CLUSTER = """

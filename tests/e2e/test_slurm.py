@@ -60,7 +60,7 @@ def run(root: Path, words: list[str], **more: str) -> str:
         cwd=root,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
