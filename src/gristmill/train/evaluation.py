@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gristmill.checkpoint.store import complete, step_of
+from gristmill.parallel.mesh import RENDEZVOUS
 from gristmill.util.secrets import redact
 
 FOLDER = "eval"
@@ -119,7 +120,7 @@ class Evaluation:
         if self._stopped:
             return -signal.SIGTERM
         environment = {k: v for k, v in os.environ.items() if not k.startswith(RANK_VARIABLES)}
-        environment.pop("GRISTMILL_RENDEZVOUS", None)
+        environment.pop(RENDEZVOUS, None)
         self._process = subprocess.Popen(
             command,
             shell=isinstance(command, str),
