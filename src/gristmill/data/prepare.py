@@ -98,6 +98,7 @@ def build(plan: Plan, job: Job) -> Made:
                 if left := _missing(plan, space):
                     print(_not_the_last(job, len(left), plan))
                     return {}
+                space.out.remove_scraps()
                 made = finalize(plan, space.engine(), space, job.max_reject_fraction)
                 space.out.write(JOB, json.dumps({"job": plan.job}).encode() + b"\n")
             space.close()

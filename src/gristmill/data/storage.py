@@ -22,9 +22,11 @@ from gristmill.util.errors import UserError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _READ_BYTES = 8 << 20
+_SCRAPS = ".*." + "[0-9a-f]" * 12 + ".tmp"
 # How disks without links, such as mounted buckets, refuse to make one.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 # What to install for a URL, by its scheme.
+
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
@@ -137,7 +139,7 @@ class Storage:
             return
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        scrap = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        scrap = _scrap(path)
         try:
             _write_down(scrap, data)
             os.replace(scrap, path)
@@ -158,7 +160,7 @@ class Storage:
             return True
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        scrap = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        scrap = _scrap(path)
         try:
             _write_down(scrap, data)
             os.link(scrap, path)
@@ -186,7 +188,7 @@ class Storage:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            scrap = target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.tmp")
+            scrap = _scrap(target)
             shutil.copyfile(source, scrap)
             os.replace(scrap, target)
             source.unlink()
@@ -207,6 +209,12 @@ class Storage:
             return
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._key(name), recursive=True)
+
+    def remove_scraps(self, folder: str = "") -> None:
+        """Remove what killed writers left in a folder. Nobody may be writing there."""
+        if self.is_local:
+            for path in (self.path / folder).glob(_SCRAPS):
+                path.unlink(missing_ok=True)
 
     @cached_property
     def _fs(self) -> Any:
@@ -255,6 +263,11 @@ class _Calls:
                 raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
         return call
+
+
+def _scrap(path: Path) -> Path:
+    """Where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def _write_down(path: Path, data: bytes) -> None:

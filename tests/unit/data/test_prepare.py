@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from gristmill.config.commands import Prepare, RayCluster
-from gristmill.data import prepare
+from gristmill.data import prepare, storage
 from gristmill.data.preparation import finalize, parts, units, workspace
 from gristmill.data.preparation.executors import work
 from gristmill.data.preparation.workspace import JOB, LocalWorkspace
@@ -152,6 +153,34 @@ def test_killed_at_any_step_the_same_command_finishes(
                     Dataset.open(out / split)
     assert kills >= 2
     assert {k: v for k, v in tree(out).items() if not k.startswith(".prepare")} == undisturbed
+
+
+def test_files_half_written_when_killed_are_removed(
+    run_prepare, novels, tmp_path, small_units, monkeypatch, in_this_process
+):
+    """SIGKILL in the middle of a write leaves its temporary file behind, whichever it is."""
+    options = {"val_fraction": 0.1, "chunk_tokens": 2048}
+    undisturbed = tree(run_prepare("textfiles", novels, tmp_path / "calm", **options))
+    out, write, cut = tmp_path / "killed", storage._write_down, set()
+
+    def killed(path, data):
+        name = path.parent / path.name.split(".")[1]
+        if name not in cut:
+            cut.add(name)
+            # Another name of the same form: `path` itself goes when the exception passes.
+            write(path.with_name(f"{path.name[:-16]}0123456789ab.tmp"), data[: len(data) // 2])
+            raise Killed
+        write(path, data)
+
+    monkeypatch.setattr(storage, "_write_down", killed)
+    for _ in range(200):
+        with contextlib.suppress(Killed):
+            run_prepare("textfiles", novels, out, **options)
+            break
+    assert {"train/tokenizer", "val/tokenizer", "train", "val"} <= {
+        str(name.parent.relative_to(out)) for name in cut
+    }
+    assert tree(out) == undisturbed
 
 
 def test_unfinished_work_is_no_dataset_and_is_continued(

@@ -163,6 +163,8 @@ def _finish_split(
         ),
         source=_source(plan, name, job),
     )
+    place.remove_scraps()
+    place.remove_scraps("tokenizer")
     for path in sorted(space.tokenizer_dir.iterdir()):
         place.write(f"tokenizer/{path.name}", path.read_bytes())
     index = index_json(table, recipe.dtype, recipe.chunk_tokens, identity)
