@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
-from gristmill.config.commands import Prepare, Pretrain, Sampling
+from gristmill.config.commands import Prepare, Pretrain
 from gristmill.config.data import LitData
 from gristmill.config.model import ModelConfig
+from gristmill.config.use_commands import Sampling
 from gristmill.util.errors import UserError
 
 T = TypeVar("T")
@@ -93,8 +94,8 @@ class LLM:
     ) -> str | Iterator[str]:
         """The text that continues `prompt`, or with `stream` an iterator of its pieces.
 
-        Options are those of `config.commands.Sampling`: temperature (0.8), top_k (50), top_p (1.0)
-        and seed (1234); the same seed gives the same text. One text at a time per object.
+        Options are those of `config.use_commands.Sampling`: temperature (0.8), top_k (50), top_p
+        (1.0) and seed (1234); the same seed gives the same text. One text at a time per object.
         """
         sampling = _configured(Sampling, None, {"max_new_tokens": max_new_tokens, **options})
         ids = self._loaded.prompt_ids(prompt)

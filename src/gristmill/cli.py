@@ -100,13 +100,13 @@ COMMANDS = {
         "gristmill.models.zoo.listing:table",
     ),
     "generate": Command(
-        "gristmill.config.commands:Generate",
+        "gristmill.config.use_commands:Generate",
         "gristmill.infer.generate:generate",
         "continue a prompt",
         ("checkpoint_dir",),
     ),
     "chat": Command(
-        "gristmill.config.commands:Chat",
+        "gristmill.config.use_commands:Chat",
         "gristmill.infer.chat:chat",
         "talk with a model",
         ("checkpoint_dir",),

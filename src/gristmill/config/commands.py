@@ -14,10 +14,9 @@ from gristmill.config.sections import (
     LogArgs,
     Optimizer,
     Parallel,
+    Precision,
     TrainArgs,
 )
-
-Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
 
 
 @dataclass(kw_only=True)
@@ -317,58 +316,6 @@ class TokenizerTrain:
     """Text used at most; a larger input is sampled evenly."""
     overwrite: bool = False
     """Replace an existing tokenizer."""
-
-
-@dataclass(kw_only=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 50
-    """Tokens generated at most."""
-    temperature: float = 0.8
-    """0 takes the likeliest token; larger is more random."""
-    top_k: int | None = 50
-    """Choose among this many likeliest tokens."""
-    top_p: float = 1.0
-    """Choose among the likeliest tokens that hold this share of the probability."""
-    seed: int = 1234
-    """Seed of the choices."""
-
-
-@dataclass(kw_only=True)
-class Generate(Sampling):
-    """Continue a prompt with a model."""
-
-    checkpoint_dir: str | None = None
-    """Model directory of any kind; the first word after the command."""
-    prompt: str = "What food do llamas eat?"
-    """Text to continue."""
-    num_samples: int = 1
-    """How many continuations to write."""
-    precision: Precision | Auto = "auto"
-    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device."""
-    compile: Literal["auto", "off"] = "off"
-    """auto: compile the decoding step."""
-
-
-@dataclass(kw_only=True)
-class Chat(Sampling):
-    """Talk with a model; Enter on an empty prompt leaves."""
-
-    checkpoint_dir: str | None = None
-    """Model directory of any kind; the first word after the command."""
-    system: str | None = None
-    """System prompt, for models whose chat template has one."""
-    multiline: bool = False
-    """Read prompts of several lines, ended by a line with a single dot."""
-    precision: Precision | Auto = "auto"
-    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device."""
-    compile: Literal["auto", "off"] = "off"
-    """auto: compile the decoding step."""
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Auto = Literal["auto"]
+Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
 
 
 @dataclass(kw_only=True)

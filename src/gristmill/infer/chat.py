@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from gristmill.config.commands import Chat
+from gristmill.config.use_commands import Chat
 from gristmill.infer.conversation import Conversation
 from gristmill.infer.load import LoadedModel, cut_short, emit, load, note, speed, use_few_threads
 from gristmill.models.decoding import Context, check_sampling

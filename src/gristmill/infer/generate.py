@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from gristmill.config.commands import Generate
+from gristmill.config.use_commands import Generate
 from gristmill.infer.load import (
     LoadedModel,
     cut_short,

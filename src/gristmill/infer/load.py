@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gristmill.config.commands import Sampling
+from gristmill.config.use_commands import Sampling
 from gristmill.formats.model_dir import load_model
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.models.decoder import Decoder

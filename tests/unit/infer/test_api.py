@@ -6,6 +6,7 @@ import pytest
 import gristmill
 from gristmill.config.commands import Prepare, Pretrain
 from gristmill.config.sections import AdamW
+from gristmill.config.use_commands import Generate
 from gristmill.util.errors import UserError
 
 
@@ -31,9 +32,7 @@ def test_command_and_function_agree(llm, base_model, capsys):
     from gristmill.infer.generate import generate
 
     config = {"prompt": "a", "max_new_tokens": 9, "seed": 4, "precision": "32-true"}
-    generate(
-        gristmill.config.commands.Generate(checkpoint_dir=str(base_model), device="cpu", **config)
-    )
+    generate(Generate(checkpoint_dir=str(base_model), device="cpu", **config))
     assert capsys.readouterr().out == llm.generate("a", 9, seed=4) + "\n"
 
 

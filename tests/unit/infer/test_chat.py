@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from gristmill.config.commands import Chat
+from gristmill.config.use_commands import Chat
 from gristmill.infer.chat import chat
 from gristmill.infer.conversation import Conversation
 from gristmill.infer.load import load

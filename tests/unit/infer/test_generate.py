@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gristmill.config.commands import Generate, Sampling
+from gristmill.config.use_commands import Generate, Sampling
 from gristmill.formats import hf
 from gristmill.formats.model_dir import load_model
 from gristmill.infer.generate import generate
