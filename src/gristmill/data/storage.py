@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import os
 import re
 import shutil
@@ -263,6 +264,11 @@ class _Calls:
                 raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
 
         return call
+
+
+def is_scrap(name: str) -> bool:
+    """Whether a local file is one that a killed writer left."""
+    return fnmatch.fnmatchcase(name, _SCRAPS)
 
 
 def _scrap(path: Path) -> Path:

@@ -28,7 +28,7 @@ from typing import IO, Any
 
 from gristmill.data.preparation.plan import Plan
 from gristmill.data.preparation.units import REJECTS, UnitRecord, read_record
-from gristmill.data.storage import Storage
+from gristmill.data.storage import Storage, is_scrap
 from gristmill.data.store import manifest
 from gristmill.tokenizer.engines import EngineChoice
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -350,7 +350,9 @@ def check_replaceable(out: Storage) -> None:
         names = set(os.listdir(out.path)) if out.path.is_dir() else set()
     else:
         is_file, names = out.exists(""), {e.name.split("/")[0] for e in out.list()}
-    others = sorted(n for n in names if n not in _OURS and not n.startswith("chunk-"))
+    others = sorted(
+        n for n in names if n not in _OURS and not n.startswith("chunk-") and not is_scrap(n)
+    )
     if others or is_file:
         raise UserError(
             f"{out.root} holds other things than a dataset ({', '.join(others[:4]) or 'a file'}). "
