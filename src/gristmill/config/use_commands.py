@@ -20,6 +20,12 @@ class Sampling:
     """Choose among this many likeliest tokens."""
     top_p: float = 1.0
     """Choose among the likeliest tokens that hold this share of the probability."""
+    min_p: float = 0.0
+    """Choose among tokens at least this many times as probable as the likeliest; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that were there already become less likely; 1 changes nothing."""
+    stop: list[str] | None = None
+    """Texts that end the reply when the model writes them; they are left out."""
     seed: int = 1234
     """Seed of the choices."""
 

@@ -13,6 +13,7 @@ import torch
 from gristmill.config.use_commands import Sampling
 from gristmill.formats.model_dir import load_model
 from gristmill.formats.tokenizer_files import load_tokenizer
+from gristmill.models.batching import Batch
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, Continuation, generate_tokens
 from gristmill.models.device import (
@@ -48,6 +49,11 @@ class LoadedModel:
         if compiled and (reason := context.compile()):
             note(f"Not compiled ({reason}); going on without.")
         return context
+
+    def batch(self, rows: int, max_length: int | None = None) -> Batch:
+        """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit)."""
+        autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
+        return Batch(self.model, rows, max_length or self.limit, autocast=autocast)
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids of a text to continue.
@@ -91,6 +97,8 @@ class LoadedModel:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             eos_ids=frozenset(self.tokenizer.stop_ids if stop_ids is None else stop_ids),
             generator=generator or self.generator(sampling.seed),
         )

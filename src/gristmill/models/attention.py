@@ -64,7 +64,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-            if self.window is not None and q.shape[2] == 1:
+            if self.window is not None and mask is None and q.shape[2] == 1:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         out = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         return self.o(out.transpose(1, 2).flatten(2))
@@ -104,11 +104,11 @@ def attend(
         )
     if softcap is not None:
         return _attend_capped(q, k, v, mask, scale or dim**-0.5, softcap)
-    if length == 1 and mask is None:
+    if length == 1:
         # One token a sequence: the query heads of a group are rows of one product over their keys,
         # two to four times as fast on a CPU as a kernel call per head.
         rows = q.reshape(batch, groups, -1, dim)
-        rows = F.scaled_dot_product_attention(rows, k, v, scale=scale)
+        rows = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
         return rows.reshape(batch, heads, 1, v.shape[-1])
     if length == k.shape[2] and dim == v.shape[-1] and _backward_is_better_written_out(q):
         return _CausalAttention.apply(q, k, v, mask, scale or dim**-0.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ class KVCache:
     `tensors` are those of `config.cached_heads`, each [layers, B, heads, max_length, width]: keys
     and values, or under latent attention one vector that both are made from. One forward of the
     decoder with the cache appends its tokens; setting `length` back forgets the positions behind
-    it (their memory is overwritten by the next forward).
+    it (their memory is overwritten by the next forward). `context` is how long a text read in
+    pieces is in all, where that is known: some kinds of rotation depend on it.
     """
 
     def __init__(
@@ -32,6 +35,14 @@ class KVCache:
         )
         self.max_length = max_length
         self.length = 0
+        self.context = 0
+
+    def row(self, index: int) -> KVCache:
+        """The same memory of one of its sequences, as a cache of its own, empty."""
+        own = KVCache.__new__(KVCache)
+        own.tensors = tuple(tensor[:, index : index + 1] for tensor in self.tensors)
+        own.max_length, own.length, own.context = self.max_length, 0, 0
+        return own
 
     def layer(self, index: int) -> LayerCache:
         """What block `index` reads and appends to."""
@@ -62,3 +73,54 @@ class LayerCache:
         for tensor, part in zip(self.tensors, new, strict=True):
             tensor[:, :, self.start : end] = part
         return tuple(tensor[:, :, :end] for tensor in self.tensors)
+
+
+class RowsCache:
+    """One more token for each of the first n sequences of a cache, which have lengths of their own.
+
+    `positions` are those of the new tokens, int64 [n]; `end` is one more than the largest. What a
+    sequence holds at its position and behind it means nothing: it is written over.
+    """
+
+    def __init__(self, cache: KVCache, positions: Tensor, end: int) -> None:
+        self.cache, self.positions, self.end = cache, positions, end
+
+    def masks(self, windows: Collection[int | None]) -> dict[int | None, Tensor]:
+        """Who looks at what in blocks with each kind of window, bool [n, 1, 1, end]."""
+        keys = torch.arange(self.end, device=self.positions.device)
+        behind = self.positions.unsqueeze(1) - keys
+        return {
+            window: (behind >= 0 if window is None else (behind >= 0) & (behind < window))[
+                :, None, None
+            ]
+            for window in windows
+        }
+
+    def layer(self, index: int) -> LayerRows:
+        """What block `index` reads and writes."""
+        return LayerRows(
+            tuple(tensor[index, : len(self.positions)] for tensor in self.cache.tensors),
+            self.positions,
+            self.end,
+        )
+
+
+class LayerRows:
+    """One block's tensors [n, heads, max_length, width] and where the new tokens' rows go."""
+
+    __slots__ = ("end", "positions", "tensors")
+
+    def __init__(self, tensors: tuple[Tensor, ...], positions: Tensor, end: int) -> None:
+        self.tensors, self.positions, self.end = tensors, positions, end
+
+    @property
+    def start(self) -> int:
+        """How many tokens were there before, at most."""
+        return self.end - 1
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """The first `end` positions, as views, after writing a [n, heads, 1, width] to each."""
+        row = torch.arange(len(self.positions), device=self.positions.device)
+        for tensor, part in zip(self.tensors, new, strict=True):
+            tensor[row, :, self.positions] = part.squeeze(2).to(tensor.dtype)
+        return tuple(tensor[:, :, : self.end] for tensor in self.tensors)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.attention import Attention
-from gristmill.models.cache import KVCache, LayerCache
+from gristmill.models.cache import KVCache, LayerCache, RowsCache
 from gristmill.models.check import check_config
 from gristmill.models.latent import LatentAttention
 from gristmill.models.loss import IGNORE, VocabularyShard, linear_cross_entropy
@@ -160,7 +160,7 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | RowsCache | None = None,
         z_loss: float = 0.0,
         num_logits: int | None = None,
     ) -> Tensor:
@@ -217,7 +217,7 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | RowsCache | None = None,
     ) -> Tensor:
         """The normalised residual stream before the head, [B, T, d]."""
         return self._run(tokens, positions, documents, cache)[0]
@@ -227,13 +227,17 @@ class Decoder(nn.Module):
         tokens: Tensor,
         positions: Tensor | None,
         documents: Tensor | None,
-        cache: KVCache | None,
+        cache: KVCache | RowsCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """The normalised residual stream, and the mean of the blocks' load-balancing losses."""
         assert cache is None or documents is None, "a cache is for one text a row"
+        if isinstance(cache, RowsCache):
+            return self._run_rows(tokens, cache)
         start = 0 if cache is None else cache.length
         length = tokens.shape[1]
         context: int | Tensor = start + length
+        if cache is not None:
+            context = max(start + length, cache.context)
         if documents is not None:
             positions, context = positions_within(documents), lengths_within(documents)
         elif positions is None:
@@ -248,6 +252,14 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += length
         return out
+
+    def _run_rows(self, tokens: Tensor, cache: RowsCache) -> tuple[Tensor, Tensor | None]:
+        """The same of one more token for each of several sequences of different lengths."""
+        positions = cache.positions.unsqueeze(1)
+        tables = self._tables(positions, positions + 1)
+        masks = cache.masks(dict.fromkeys(self.config.windows))
+        caches = [cache.layer(i) for i in range(len(self.layers))]
+        return self._through_blocks(self._embedded(tokens, positions), tables, masks, caches)
 
     def _run_shared(
         self,

@@ -11,8 +11,20 @@ from torch import Tensor
 
 from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
-from gristmill.models.sampling import sample
+from gristmill.models.sampling import penalize, sample
 from gristmill.util.errors import UserError
+
+PREFILL_TOKENS = 1024
+"""Prompts are read in pieces of this many tokens, which bounds the memory that reading takes."""
+
+
+def read_pieces(model: Decoder, cache: KVCache, tokens: Tensor) -> Tensor:
+    """Logits [1, token_ids] after tokens [1, T] that continue what the cache holds."""
+    cache.context = cache.length + tokens.shape[1]
+    *pieces, last = tokens.split(PREFILL_TOKENS, 1)
+    for piece in pieces:
+        model.hidden(piece, cache=cache)
+    return model(last, cache=cache, num_logits=1)[:, -1]
 
 
 class Context:
@@ -100,7 +112,7 @@ class Context:
         # Stated anew each time, because an interrupt can fall between the model and `ids`.
         self._cache.length = len(self.ids)
         with self._precision():
-            return self.model(tokens, cache=self._cache, num_logits=1)[:, -1]
+            return read_pieces(self.model, self._cache, tokens)
 
     def _eager(self) -> contextlib.AbstractContextManager[object]:
         # Prompts have every length: only the step of one token is worth compiling.
@@ -153,6 +165,8 @@ def generate_tokens(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     eos_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Continuation:
@@ -163,14 +177,8 @@ def generate_tokens(
     out of range.
     """
     context = model if isinstance(model, Context) else Context(model)
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
-    if not prompt_ids:
-        raise UserError("the prompt is empty (0 tokens). give it at least one token.")
-    if len(prompt_ids) >= context.limit:
-        raise UserError(
-            f"the prompt leaves no room in the model's context ({len(prompt_ids)} tokens of "
-            f"{context.limit}). shorten it to at most {context.limit - 1} tokens."
-        )
+    check_sampling(max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
+    check_prompt(prompt_ids, context.limit)
 
     def run() -> Iterator[int | str]:
         room = context.limit - len(prompt_ids)
@@ -178,8 +186,15 @@ def generate_tokens(
         context.reserve(len(prompt_ids) + left)
         logits = context.read(prompt_ids)
         while True:
+            if repetition_penalty != 1.0:
+                logits = penalize(logits, [context.ids], repetition_penalty)
             token = sample(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+                logits,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                generator=generator,
             )
             token_id = int(token)
             if token_id in eos_ids:
@@ -195,8 +210,24 @@ def generate_tokens(
     return Continuation(run())
 
 
+def check_prompt(prompt_ids: Sequence[int], limit: int) -> None:
+    """Raise UserError for a prompt that is empty or leaves no room in a context of `limit`."""
+    if not prompt_ids:
+        raise UserError("the prompt is empty (0 tokens). give it at least one token.")
+    if len(prompt_ids) >= limit:
+        raise UserError(
+            f"the prompt leaves no room in the model's context ({len(prompt_ids)} tokens of "
+            f"{limit}). shorten it to at most {limit - 1} tokens."
+        )
+
+
 def check_sampling(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
 ) -> None:
     """Raise UserError for sampling options that mean nothing."""
     if max_new_tokens < 1:
@@ -207,3 +238,9 @@ def check_sampling(
         raise UserError(f"top_k must be 1 or more ({top_k}). --top_k null takes all tokens.")
     if not 0.0 < top_p <= 1.0:
         raise UserError(f"top_p must be above 0 and at most 1 ({top_p}). 1 takes all tokens.")
+    if not 0.0 <= min_p <= 1.0:
+        raise UserError(f"min_p must be between 0 and 1 ({min_p}). 0 takes all tokens.")
+    if not 0.0 < repetition_penalty < float("inf"):
+        raise UserError(
+            f"repetition_penalty must be above 0 ({repetition_penalty}). 1 changes nothing."
+        )

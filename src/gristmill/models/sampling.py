@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,25 +14,57 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    min_p: float = 0.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """One token id per row of logits [B, V], int64 [B].
 
     temperature 0 takes the largest logit. `top_k` keeps the k largest; `top_p` then keeps the
     smallest set of most probable tokens whose probabilities reach p (nucleus, arXiv:1904.09751),
-    always at least one. Filters act on the tempered distribution.
+    and `min_p` those at least min_p times as probable as the likeliest (arXiv:2407.01082), always
+    at least one. Filters act on the tempered distribution. With a generator for each row, a row's
+    choice does not depend on its neighbours.
     """
     if temperature == 0.0 or top_k == 1 or top_p <= 0.0:
         return logits.argmax(dim=-1)
-    scaled = logits.float() / temperature
     ids: Tensor | None = None
-    if top_k is not None and top_k < scaled.shape[-1]:
-        scaled, ids = torch.topk(scaled, top_k, dim=-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits, ids = torch.topk(logits, top_k, dim=-1)
     elif top_p < 1.0:
-        scaled, ids = torch.sort(scaled, dim=-1, descending=True)
-    probs = torch.softmax(scaled, dim=-1)
+        logits, ids = torch.sort(logits, dim=-1, descending=True)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    kept = probs
     if top_p < 1.0:
         before = probs.cumsum(dim=-1) - probs  # mass of the tokens that are more probable
-        probs = probs.masked_fill(before >= top_p, 0.0)
-    choice = torch.multinomial(probs, 1, generator=generator)
+        kept = kept.masked_fill(before >= top_p, 0.0)
+    if min_p > 0.0:
+        kept = kept.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    choice = _draw(kept, generator)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
+
+
+def penalize(
+    logits: Tensor, seen_ids: Sequence[Sequence[int]], repetition_penalty: float
+) -> Tensor:
+    """Logits [B, V] in which ids that a row has seen are less likely (arXiv:1909.05858, 4.1).
+
+    Positive ones are divided by the penalty and negative ones multiplied with it, once however
+    often the id was seen.
+    """
+    if repetition_penalty == 1.0:
+        return logits
+    out = logits.clone()
+    for row, ids in enumerate(seen_ids):
+        index = torch.tensor(list(ids), dtype=torch.int64, device=logits.device)
+        old = logits[row].index_select(0, index)
+        new = torch.where(old < 0, old * repetition_penalty, old / repetition_penalty)
+        out[row].index_copy_(0, index, new)
+    return out
+
+
+def _draw(weights: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """An index of each row of weights [B, V], drawn in proportion to them; int64 [B, 1]."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(weights, 1, generator=generator)
+    rows = zip(weights, generator, strict=True)
+    return torch.stack([torch.multinomial(row, 1, generator=own) for row, own in rows])

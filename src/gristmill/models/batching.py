@@ -1,0 +1,191 @@
+"""Several sequences decoded together, which come and go at any step (continuous batching).
+
+put ─ reads a prompt into a row ─ step, step, … ─ drop
+          (other rows wait)        (one token for each of the rows named)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gristmill.config.use_commands import Sampling
+from gristmill.models.cache import KVCache, RowsCache
+from gristmill.models.decoder import Decoder
+from gristmill.models.decoding import check_prompt, check_sampling, read_pieces
+from gristmill.models.sampling import penalize, sample
+
+
+class Batch:
+    """A model and the key-value cache of `rows` sequences of at most `max_length` tokens each.
+
+    Rows are numbered from 0. `limit` is max_length, or the model's context if that is shorter.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        rows: int,
+        max_length: int,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        weight = model.embed.weight
+        self.model, self.rows, self.autocast = model, rows, autocast
+        self.device = weight.device
+        self.limit = min(max_length, model.config.max_seq_length)
+        # One position more than sequences have: what a row without a next token computes is
+        # written behind its end.
+        self._cache = KVCache(
+            model.own_config,
+            rows,
+            self.limit + 1,
+            device=self.device,
+            dtype=autocast or weight.dtype,
+        )
+        self.lengths = [0] * rows
+        """How many tokens each row holds."""
+
+    @torch.inference_mode()
+    def put(self, row: int, ids: Sequence[int]) -> Tensor:
+        """Logits [1, token_ids] after the sequence `ids`, which replaces what the row held."""
+        assert 0 < len(ids) <= self.limit, f"{len(ids)} ids for {self.limit} positions"
+        self.drop(row)
+        tokens = torch.tensor([list(ids)], device=self.device)
+        with self._precision():
+            logits = read_pieces(self.model, self._cache.row(row), tokens)
+        self.lengths[row] = len(ids)
+        return logits
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Logits [len(rows), token_ids] after one more token for each of these rows."""
+        assert len(rows) == len(tokens) == len(set(rows)) > 0, "a token for each of some rows"
+        assert all(0 < self.lengths[row] < self.limit for row in rows), "rows that have room"
+        count = max(rows) + 1
+        given = [0] * count
+        for row, token in zip(rows, tokens, strict=True):
+            given[row] = token
+        positions = self.lengths[:count]
+        cache = RowsCache(
+            self._cache, torch.tensor(positions, device=self.device), max(positions) + 1
+        )
+        with self._precision():
+            logits = self.model(torch.tensor(given, device=self.device).unsqueeze(1), cache=cache)
+        for row in rows:
+            self.lengths[row] += 1
+        return logits[list(rows), -1]
+
+    def drop(self, row: int) -> None:
+        """Forget what the row holds."""
+        self.lengths[row] = 0
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@dataclass
+class _Running:
+    """A prompt under way in a row."""
+
+    prompt: int
+    ids: list[int]
+    left: int
+    ends: str
+    generator: torch.Generator
+
+
+def generate_batch(
+    batch: Batch,
+    prompts: Iterable[Sequence[int]],
+    sampling: Sampling,
+    *,
+    eos_ids: Collection[int] = (),
+    generators: Iterable[torch.Generator] | None = None,
+) -> Iterator[tuple[int, int | str]]:
+    """What the model writes after each prompt, as it comes: (number of the prompt, id).
+
+    A prompt ends with (number, "eos" | "max_new_tokens" | "context"), the id that ended it left
+    out, and the next one takes its row: prompts are asked for one by one. Each has a generator of
+    its own (unset: seeded with `sampling.seed` + number), so that neighbours do not matter. Close
+    the iterator to stop early. Raises UserError for sampling options out of range, and at its turn
+    for a prompt that is empty or fills the context.
+    """
+    s = sampling
+    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    return _run(batch, enumerate(prompts), sampling, eos_ids, generators)
+
+
+def _run(
+    batch: Batch,
+    prompts: Iterator[tuple[int, Sequence[int]]],
+    sampling: Sampling,
+    eos_ids: Collection[int],
+    generators: Iterable[torch.Generator] | None,
+) -> Iterator[tuple[int, int | str]]:
+    own = None if generators is None else iter(generators)
+    running: dict[int, _Running] = {}
+    try:
+        while True:
+            logits: dict[int, Tensor] = {}
+            for row in range(batch.rows):
+                if row in running or (item := next(prompts, None)) is None:
+                    continue
+                number, ids = item
+                check_prompt(ids, batch.limit)
+                generator = next(own) if own is not None else _seeded(batch, sampling.seed + number)
+                room = batch.limit - len(ids)
+                ends = "max_new_tokens" if room >= sampling.max_new_tokens else "context"
+                left = min(room, sampling.max_new_tokens)
+                logits[row] = batch.put(row, ids)
+                running[row] = _Running(number, list(ids), left, ends, generator)
+            rows = [row for row in running if row not in logits]
+            if rows:
+                stepped = batch.step(rows, [running[row].ids[-1] for row in rows])
+                logits.update(zip(rows, stepped.split(1), strict=True))
+            if not logits:
+                return
+            for row, token in _choose(logits, running, sampling):
+                state = running[row]
+                ended = token in eos_ids
+                if not ended:
+                    state.ids.append(token)
+                    state.left -= 1
+                    yield state.prompt, token
+                if ended or state.left == 0:
+                    del running[row]
+                    batch.drop(row)
+                    yield state.prompt, "eos" if ended else state.ends
+    finally:
+        for row in running:
+            batch.drop(row)
+
+
+def _choose(
+    logits: dict[int, Tensor], running: dict[int, _Running], sampling: Sampling
+) -> list[tuple[int, int]]:
+    """The next id of each row that has logits [1, V]."""
+    rows = list(logits)
+    together = torch.cat(list(logits.values()))
+    if sampling.repetition_penalty != 1.0:
+        seen = [running[row].ids for row in rows]
+        together = penalize(together, seen, sampling.repetition_penalty)
+    chosen = sample(
+        together,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        generator=[running[row].generator for row in rows],
+    )
+    return list(zip(rows, chosen.tolist(), strict=True))
+
+
+def _seeded(batch: Batch, seed: int) -> torch.Generator:
+    return torch.Generator(batch.device).manual_seed(seed)
