@@ -108,18 +108,20 @@ def generate_batch(
     *,
     eos_ids: Collection[int] = (),
     generators: Iterable[torch.Generator] | None = None,
+    stopped: Collection[int] = (),
 ) -> Iterator[tuple[int, int | str]]:
     """What the model writes after each prompt, as it comes: (number of the prompt, id).
 
     A prompt ends with (number, "eos" | "max_new_tokens" | "context"), the id that ended it left
     out, and the next one takes its row: prompts are asked for one by one. Each has a generator of
     its own (unset: seeded with `sampling.seed` + number), so that neighbours do not matter. Close
-    the iterator to stop early. Raises UserError for sampling options out of range, and at its turn
+    the iterator to stop early, or put the number of a prompt that is to end into `stopped`, which
+    is looked at after each of its tokens: it ends with (number, "stop"). Raises UserError for sampling options out of range, and at its turn
     for a prompt that is empty or fills the context.
     """
     s = sampling
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
-    return _run(batch, enumerate(prompts), sampling, eos_ids, generators)
+    return _run(batch, enumerate(prompts), sampling, eos_ids, generators, stopped)
 
 
 def _run(
@@ -128,6 +130,7 @@ def _run(
     sampling: Sampling,
     eos_ids: Collection[int],
     generators: Iterable[torch.Generator] | None,
+    stopped: Collection[int],
 ) -> Iterator[tuple[int, int | str]]:
     own = None if generators is None else iter(generators)
     running: dict[int, _Running] = {}
@@ -153,15 +156,19 @@ def _run(
                 return
             for row, token in _choose(logits, running, sampling):
                 state = running[row]
-                ended = token in eos_ids
-                if not ended:
+                ended = "eos" if token in eos_ids else None
+                if ended is None:
                     state.ids.append(token)
                     state.left -= 1
                     yield state.prompt, token
-                if ended or state.left == 0:
+                    if state.prompt in stopped:
+                        ended = "stop"
+                    elif state.left == 0:
+                        ended = state.ends
+                if ended is not None:
                     del running[row]
                     batch.drop(row)
-                    yield state.prompt, "eos" if ended else state.ends
+                    yield state.prompt, ended
     finally:
         for row in running:
             batch.drop(row)
