@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gristmill import __version__
+from gristmill.config import scripts
 from gristmill.util.errors import Interrupted, RunError, UserError
 
 
@@ -93,7 +94,7 @@ COMMANDS = {
     ),
     "pretrain": Command(
         "gristmill.config.commands:Pretrain",
-        "gristmill.launch.start:pretrain",
+        "gristmill.launch.start:train",
         "train a model, from scratch or continued, resumable",
         ("model_name",),
         "gristmill.models.zoo:names",
@@ -141,6 +142,18 @@ COMMANDS = {
         "`export --format litgpt`, as LitGPT calls it after a training",
         ("checkpoint_dir", "output_dir"),
     ),
+    "consolidate_checkpoint": Command(
+        "gristmill.config.script_commands:Consolidate",
+        "gristmill.formats.consolidate:consolidate",
+        "another tool's checkpoint in pieces as one file; ours need none",
+        ("checkpoint_folder", "output_file"),
+    ),
+    "merge_files": Command(
+        "gristmill.config.script_commands:MergeFiles",
+        "gristmill.data.store.merge:merge",
+        "the folders of a cluster's nodes as one dataset, linked; ours need none",
+        ("source_dir", "target_dir"),
+    ),
 }
 
 
@@ -148,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 failure, 2 mistake, 128 + signal."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = [word for word in words if word != "--debug"]
+    words = _meant([word for word in words if word != "--debug"])
     try:
         code = _dispatch(words)
         _settle()
@@ -183,6 +196,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             "machine; run again with --debug for where it happened."
         )
         return 1
+
+
+def _meant(words: list[str]) -> list[str]:
+    """The words of a command of ours that another tool's script stands for, which is said."""
+    meant = scripts.translate(words)
+    if meant[1:] != words[1:]:
+        print(f"{words[0]} is here: {shlex.join(['gristmill', *meant])}", file=sys.stderr)
+    return meant
 
 
 def _settle() -> None:
@@ -263,7 +284,8 @@ def _command_name(words: list[str]) -> tuple[str, list[str]]:
         near = difflib.get_close_matches(given, group, n=1, cutoff=0.7)
         hint = f"Did you mean {near[0]}?" if near else f"Choose {', '.join(group)}."
         raise UserError(f"unknown command {given!r}. {hint}")
-    near = difflib.get_close_matches(words[0], COMMANDS, n=2, cutoff=0.5)
+    known = [*COMMANDS, *scripts.SCRIPTS]
+    near = difflib.get_close_matches(words[0], known, n=2, cutoff=0.5)
     hint = f"Did you mean {' or '.join(near)}?" if near else "`gristmill --help` lists them."
     raise UserError(f"unknown command {words[0]!r}. {hint}")
 
@@ -279,6 +301,9 @@ def _overview() -> str:
             f"gristmill {__version__}: raw text to a language model, one command per stage.",
             "",
             _table(COMMANDS),
+            "",
+            "Scripts of other tools' tutorials, by their names and with their options:",
+            f"  {', '.join(scripts.SCRIPTS)}",
             "",
             "`gristmill COMMAND --help` lists a command's options; --debug shows tracebacks.",
         ]

@@ -245,6 +245,8 @@ class Export:
     """Largest weight file of the format hf, such as 500MB or 2GiB."""
     tokenizer_dir: str | None = None
     """Tokenizer that goes along; unset: the model's own."""
+    model_name: str | None = None
+    """Architecture of weights without a configuration; unset: what lies beside them says it."""
     overwrite: bool = False
     """Replace what output_dir holds, once the new is complete."""
 
@@ -275,6 +277,8 @@ class Convert:
     """Type of the weights; auto: as they are."""
     tokenizer_dir: str | None = None
     """Tokenizer that goes along; unset: the model's own."""
+    model_name: str | None = None
+    """Architecture of weights without a configuration. `config_name` is accepted too."""
     overwrite: bool = False
     """Replace what output_dir holds, once the new is complete."""
 

@@ -27,6 +27,8 @@ ALIASES = {
     "--data.path": "--data.data_path",
     "--tokenizer_path": "--tokenizer_dir",
     "--checkpoint_path": "--checkpoint_dir",
+    "--checkpoint_file": "--checkpoint_dir",
+    "--config_name": "--model_name",
     "--source_path": "--input_dir",
     "--destination_path": "--output_dir",
     "--match": "--pattern",

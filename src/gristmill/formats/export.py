@@ -27,7 +27,7 @@ from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
 from gristmill.formats.tokenizer_files import find_tokenizer
 from gristmill.models import zoo
-from gristmill.models.counts import num_parameters
+from gristmill.models.counts import num_parameters, parameter_shapes
 from gristmill.models.zoo.gguf import PROGRAM
 from gristmill.models.zoo.listing import short
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -205,7 +205,8 @@ def _settle(cfg: Export) -> _Job:
         )
     if cfg.dtype == "q8_0" and cfg.format != "gguf":
         raise UserError(f"--dtype q8_0 is a type of GGUF files, not of {cfg.format}. Use bfloat16.")
-    source = open_model_dir(cfg.checkpoint_dir)
+    source = open_model_dir(cfg.checkpoint_dir, cfg.model_name)
+    _check_name(cfg.model_name, source)
     out = Path(cfg.output_dir).expanduser()
     _check_target(out, source, cfg)
     tokenizer_dir = _tokenizer_dir(cfg, source)
@@ -237,6 +238,20 @@ def _settle(cfg: Export) -> _Job:
             "Free some, choose a smaller --dtype, or write elsewhere."
         )
     return job
+
+
+def _check_name(name: str | None, source: ModelDir) -> None:
+    """UserError where the weights are of another architecture than the user says."""
+    if name is None:
+        return
+    named, found = (dict(parameter_shapes(c)) for c in (zoo.get(name), source.config))
+    for part in named.keys() | found.keys():
+        if named.get(part) != found.get(part) and part not in ("embed.weight", "head.weight"):
+            raise UserError(
+                f"{source.path} is no {name} ({part} is {found.get(part)} there and "
+                f"{named.get(part)} in {name}). Leave the name out: the files say what it is.",
+                {"--model_name": None, "--config_name": None},
+            )
 
 
 def _check_target(out: Path, source: ModelDir, cfg: Export) -> None:
@@ -392,6 +407,7 @@ def _spelled(cfg: Convert, command: str, format: str) -> Export:
         format="hf" if format == "hf" else "litgpt",
         dtype=cfg.dtype,
         tokenizer_dir=cfg.tokenizer_dir,
+        model_name=cfg.model_name,
         overwrite=cfg.overwrite,
     )
 

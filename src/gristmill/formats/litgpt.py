@@ -43,8 +43,10 @@ INSIDE = ("model", "state_dict")
 Json = dict[str, Any]
 
 
-def find(place: Path) -> ModelDir | None:
+def find(place: Path, model_name: str | None = None) -> ModelDir | None:
     """The model at `place`, which is a directory or a file; None where LitGPT left none.
+
+    `model_name` is the architecture of weights without a configuration beside them.
 
     Raises UserError when weights are there and damaged, or nothing says what model they are of.
     """
@@ -52,7 +54,7 @@ def find(place: Path) -> ModelDir | None:
     if file is None:
         return None
     entries = _entries(file)
-    raw, config = _config(file, entries)
+    raw, config = _config(file, entries, model_name)
     config = replace(config, tie_embeddings=_is_tied(entries), **_text_ends(file.parent))
     with suppress(UserError):  # whoever writes it elsewhere says what is in the way
         config = zoo.family_for(config)
@@ -61,6 +63,11 @@ def find(place: Path) -> ModelDir | None:
     # The path must lead to these weights again, where a directory has those of several steps.
     path = file if file == place else file.parent
     return ModelDir(path, config, "litgpt", lambda: tensors, weights, table.is_dropped)
+
+
+def tensors_in(file: Path) -> Tensors:
+    """The tensors of the model in a file, or directory of pieces, under LitGPT's plain names."""
+    return Tensors(_entries(file))
 
 
 def _weights(place: Path) -> Path | None:
@@ -113,7 +120,9 @@ def _entries(file: Path) -> dict[str, PeekEntry]:
     return entries
 
 
-def _config(file: Path, entries: Mapping[str, Entry]) -> tuple[Json | None, ModelConfig]:
+def _config(
+    file: Path, entries: Mapping[str, Entry], model_name: str | None
+) -> tuple[Json | None, ModelConfig]:
     """The words of the configuration that belongs to the weights, and what they say."""
     for path in (file.parent / CONFIG, file.parent / OLD_CONFIG):
         if not path.is_file():
@@ -133,14 +142,16 @@ def _config(file: Path, entries: Mapping[str, Entry]) -> tuple[Json | None, Mode
             raise UserError(f"{path}: {error}") from None
         except (TypeError, ValueError, KeyError) as error:
             raise UserError(f"{path} has a value that makes no model ({error}). {AGAIN}") from None
-    return None, _config_without_file(file, entries)
+    return None, _config_without_file(file, entries, model_name)
 
 
-def _config_without_file(file: Path, entries: Mapping[str, Entry]) -> ModelConfig:
-    """By the name of the directory, as LitGPT does, or by the shapes of the tensors."""
+def _config_without_file(
+    file: Path, entries: Mapping[str, Entry], model_name: str | None
+) -> ModelConfig:
+    """By the name given, or that of the directory, as LitGPT does, or by the shapes of tensors."""
     rows, hidden = entries[EMBEDDING].read().shape
-    if file.parent.name in zoo.names():
-        return replace(zoo.get(file.parent.name), vocab_size=rows)
+    if model_name is not None or file.parent.name in zoo.names():
+        return replace(zoo.get(model_name or file.parent.name), vocab_size=rows)
     inner = entries.get("transformer.h.0.mlp.c_fc1.weight")
     if inner is not None:
         layers = 1 + max(int(n) for n in re.findall(r"\.h\.(\d+)\.", " ".join(entries)))
@@ -149,7 +160,7 @@ def _config_without_file(file: Path, entries: Mapping[str, Entry]) -> ModelConfi
             return config
     raise UserError(
         f"{file} comes without its configuration. Put the {CONFIG} (or {OLD_CONFIG}) of the model "
-        f"into {file.parent}."
+        f"into {file.parent}, or name the architecture: gristmill export {file} OUT --model_name …"
     )
 
 

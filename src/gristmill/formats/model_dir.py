@@ -30,16 +30,18 @@ CONFIG_VERSION = 1
 Put = Callable[[Tensor, Tensor], None]
 
 
-def open_model_dir(path: str | Path) -> ModelDir:
-    """What `path` is, without reading weights. Raises UserError when it is no model."""
+def open_model_dir(path: str | Path, model_name: str | None = None) -> ModelDir:
+    """What `path` is, without reading weights. Raises UserError when it is no model.
+
+    `model_name` is the architecture of weights that come without their configuration.
+    """
     found = resolve_model_dir(path)
     if not found.exists():
         raise UserError(f"{found} does not exist. {how_to_get(path)}")
     place = _locate(found)
-    for find in (litgpt.find, gguf.find, _find):
-        source = find(place)
-        if source is not None:
-            return source
+    found_here = litgpt.find(place, model_name) or gguf.find(place) or _find(place)
+    if found_here is not None:
+        return found_here
     what = "no model file" if found.is_file() else "no model directory"
     raise UserError(
         f"{found} is {what} (no config.json, no lit_model.pth, no *.gguf, no final/, no finished "
