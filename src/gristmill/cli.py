@@ -94,7 +94,7 @@ COMMANDS = {
     ),
     "pretrain": Command(
         "gristmill.config.commands:Pretrain",
-        "gristmill.launch.start:train",
+        "gristmill.launch.start:pretrain",
         "train a model, from scratch or continued, resumable",
         ("model_name",),
         "gristmill.models.zoo:names",
