@@ -1,0 +1,1 @@
+"""Measuring a model on tasks of lm-evaluation-harness, on our decoder directly."""
