@@ -90,16 +90,33 @@ def parse(command: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
     if any(argument.partition("=")[0] == "--print_config" for argument in arguments):
         arguments = [a for a in arguments if a.partition("=")[0] not in SECRETS]
     try:
-        return _build(command, parser.instantiate(parser.parse_args(arguments)))
+        config = _build(command, parser.instantiate(parser.parse_args(arguments)))
     except ArgumentError as error:
         options = [name for action in parser._actions for name in action.option_strings]
         raise explain(error.message, options, prog) from None
+    _keep_texts(config, arguments)
+    return config
 
 
 def _build(command: type[T], namespace: Any) -> T:
     """The dataclass out of the parser's namespace of already instantiated fields."""
     names = {field.name for field in dataclasses.fields(command)}  # type: ignore[arg-type]
     return command(**{key: value for key, value in vars(namespace).items() if key in names})
+
+
+def _keep_texts(config: Any, arguments: Sequence[str]) -> None:
+    """Give optional texts their typed value where the parser took it for YAML of something else.
+
+    White space and what begins with `#` are nothing in YAML, and `- x` is a list; people stop at
+    such texts and begin prompts with them. A list is meant where it has brackets.
+    """
+    typed = dict(argument[2:].partition("=")[::2] for argument in arguments if "=" in argument)
+    for field in dataclasses.fields(config):
+        text, value = typed.get(field.name), getattr(config, field.name)
+        if text in (None, "null") or "str" not in str(field.type).split(" | "):
+            continue
+        if value is None or (isinstance(value, list) and not text.lstrip().startswith("[")):
+            setattr(config, field.name, text)
 
 
 def normalise(

@@ -13,6 +13,7 @@ import torch
 from gristmill.config.use_commands import Sampling
 from gristmill.formats.model_dir import load_model
 from gristmill.formats.tokenizer_files import load_tokenizer
+from gristmill.infer.stops import StopText
 from gristmill.models.batching import Batch
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, Continuation, generate_tokens
@@ -107,17 +108,23 @@ class LoadedModel:
         """The source of random choices for a seed."""
         return torch.Generator(self.device).manual_seed(seed)
 
-    def text(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[str]:
-        """The text of `ids` in pieces as they come, as it reads behind the ids `after`."""
-        decoder = self.tokenizer.decoder()
-        # The last few settle whether a leading space is one.
-        for token_id in after[-8:]:
-            decoder.put(token_id)
+    def text(
+        self, ids: Iterable[int], *, after: Sequence[int] = (), stops: Sequence[str] = ()
+    ) -> Iterator[str]:
+        """The text of `ids` in pieces as they come, as it reads behind the ids `after`.
+
+        It ends before the first of the texts `stops`; a `Continuation` then has "stop" as its end.
+        """
+        decoder = TextDecoder(self.tokenizer, after, stops)
         for token_id in ids:
             if piece := decoder.put(token_id):
                 yield piece
+            if decoder.stopped:
+                break
         if rest := decoder.flush():
             yield rest
+        if decoder.stopped and isinstance(ids, Continuation):
+            ids.stop = "stop"
 
     def summary(self) -> str:
         """One line: model, size, device, precision and backend."""
@@ -126,6 +133,32 @@ class LoadedModel:
             f"Model: {self.name} ({_short(size)} parameters, context {self.limit} tokens) "
             f"on {describe(self.device, self.precision)}"
         )
+
+
+class TextDecoder:
+    """Turns the ids of a text into what may be shown of it, as it reads behind the ids `after`."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, after: Sequence[int] = (), stops: Sequence[str] = ()
+    ) -> None:
+        self._decoder = tokenizer.decoder()
+        # The last few settle whether a leading space is one.
+        for token_id in after[-8:]:
+            self._decoder.put(token_id)
+        self._gate = StopText(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of the stops has come: nothing follows."""
+        return self._gate.stopped
+
+    def put(self, token_id: int) -> str:
+        """The text that one more id lets out, perhaps empty."""
+        return self._gate.put(self._decoder.put(token_id))
+
+    def flush(self) -> str:
+        """The text still withheld, at the end."""
+        return self._gate.put(self._decoder.flush()) + self._gate.flush()
 
 
 ONE_THREAD_PARAMETERS = 16_000_000
@@ -148,11 +181,18 @@ def use_few_threads(loaded: LoadedModel) -> None:
         torch.set_num_threads(1)
 
 
-def load(checkpoint_dir: str | Path | None, device: str, precision: str) -> LoadedModel:
+def load(
+    checkpoint_dir: str | Path | None,
+    device: str,
+    precision: str,
+    *,
+    tokenizer_dir: str | Path | None = None,
+) -> LoadedModel:
     """The model in a directory of any kind, on the device and in the precision asked for.
 
-    `auto` precision is bf16-true where the device computes bf16, else 32-true. Raises UserError
-    when there is no such directory, or no model or tokenizer in it.
+    `auto` precision is bf16-true where the device computes bf16, else 32-true. `tokenizer_dir`
+    unset takes the tokenizer that lies with the model. Raises UserError when there is no such
+    directory, or no model or tokenizer in it.
     """
     if checkpoint_dir is None:
         raise UserError(
@@ -161,8 +201,9 @@ def load(checkpoint_dir: str | Path | None, device: str, precision: str) -> Load
         )
     chosen = choose_device(device)
     resolved = resolve_precision(precision, chosen, bf16="bf16-true")
+    own = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     model = load_model(Path(checkpoint_dir), device=chosen, dtype=weight_dtype(resolved))
-    tokenizer = load_tokenizer(checkpoint_dir)
+    tokenizer = own or load_tokenizer(checkpoint_dir)
     if model.config.num_token_ids is None and tokenizer.num_token_ids < model.config.vocab_size:
         # Rows behind the last token were never trained and could win over trained ones.
         model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)

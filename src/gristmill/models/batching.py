@@ -116,8 +116,8 @@ def generate_batch(
     out, and the next one takes its row: prompts are asked for one by one. Each has a generator of
     its own (unset: seeded with `sampling.seed` + number), so that neighbours do not matter. Close
     the iterator to stop early, or put the number of a prompt that is to end into `stopped`, which
-    is looked at after each of its tokens: it ends with (number, "stop"). Raises UserError for sampling options out of range, and at its turn
-    for a prompt that is empty or fills the context.
+    is looked at after each of its tokens: it ends with (number, "stop"). Raises UserError for
+    sampling options out of range, and at its turn for a prompt that is empty or fills the context.
     """
     s = sampling
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
