@@ -90,6 +90,18 @@ class LatentAttention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdaptionPrompt:
+    """Trained vectors that the last blocks' attention looks at besides (arXiv:2303.16199)."""
+
+    length: int
+    """Vectors of a block."""
+    num_layers: int
+    """So many blocks have them, the last ones."""
+    projected: bool = True
+    """What they give goes through the output projection, like the rest."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a decoder. Values default to a Llama-style block.
 
@@ -190,6 +202,9 @@ class ModelConfig:
     moe: MixtureOfExperts | None = None
     """Experts instead of one feed-forward layer."""
 
+    adaption_prompt: AdaptionPrompt | None = None
+    """An adapter: vectors besides the text that the last blocks look at, if any."""
+
     bos_token_id: int | None = None
     """Beginning-of-sequence id, for `config.json`."""
     eos_token_id: int | None = None
@@ -249,6 +264,12 @@ class ModelConfig:
         """Whether each block has experts."""
         dense = self.num_layers if self.moe is None else self.moe.num_dense_layers
         return tuple(layer >= dense for layer in range(self.num_layers))
+
+    @property
+    def prompt_layers(self) -> tuple[bool, ...]:
+        """Whether each block looks at trained vectors."""
+        count = 0 if self.adaption_prompt is None else self.adaption_prompt.num_layers
+        return tuple(layer >= self.num_layers - count for layer in range(self.num_layers))
 
     def _over_blocks(self, pattern: tuple[bool, ...]) -> tuple[bool, ...]:
         return tuple(pattern[layer % len(pattern)] for layer in range(self.num_layers))

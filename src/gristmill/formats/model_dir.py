@@ -2,13 +2,14 @@
 
 Known are our checkpoints (`step-00001000/` with `config.json` and `weights/`), Hugging Face
 directories (`config.json`, safetensors or `.bin`), LitGPT's and lit-llama's checkpoints, GGUF
-files, and run directories, which stand for their `final/` or else their newest checkpoint.
+files, adapters of PEFT (which stand for their base with them), and run directories, which stand for
+their `final/` or else their newest checkpoint.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
-from gristmill.formats import gguf, litgpt
+from gristmill.formats import gguf, litgpt, peft
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.formats.source import AGAIN, ModelDir
 from gristmill.models import zoo
@@ -70,17 +71,21 @@ def load_model(
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path, *, put: Put | None = None) -> None:
+def load_weights(
+    model: nn.Module | Mapping[str, nn.Parameter], path: str | Path, *, put: Put | None = None
+) -> None:
     """Fill the parameters of `model` with the weights at `path`, whatever their dtype and device.
 
+    Of a decoder with more in it than one, the decoder's own parameters by their names there.
     `put(parameter, full_value)` stores a value; a sharded model passes one that keeps its own part.
     Raises UserError naming file and tensor when something is missing, cut off or does not fit.
     """
     _fill(model, open_model_dir(path), put)
 
 
-def _fill(model: nn.Module, source: ModelDir, put: Put | None) -> None:
-    parameters = dict(model.named_parameters())
+def _fill(model: nn.Module | Mapping[str, nn.Parameter], source: ModelDir, put: Put | None) -> None:
+    named = model.named_parameters() if isinstance(model, nn.Module) else model
+    parameters = dict(named)
     _check_fit(source, parameter_shapes(source.config), parameters)
     with torch.no_grad():
         for name, value in source.parameters().items():
@@ -88,6 +93,11 @@ def _fill(model: nn.Module, source: ModelDir, put: Put | None) -> None:
                 parameters[name].copy_(value)
             else:
                 put(parameters[name], value)
+
+
+def _find_adapter(place: Path) -> ModelDir | None:
+    """An adapter in PEFT's layout, with its base; None where there is none."""
+    return peft.find(place, open_model_dir)
 
 
 def _find(place: Path) -> ModelDir | None:
@@ -138,7 +148,7 @@ def _locate(path: Path) -> Path:
         if (path / "weights").is_dir() and not (path / "checkpoint.json").is_file():
             raise UserError(f"{path} is an unfinished checkpoint. Use the one before it.")
         return path
-    if (path / "final" / "config.json").is_file():
+    if any((path / "final" / name).is_file() for name in ("config.json", peft.CONFIG)):
         return path / "final"
     steps = sorted(path.glob("step-*/checkpoint.json"), key=lambda p: _step(p.parent))
     return steps[-1].parent if steps else path

@@ -17,7 +17,7 @@ from gristmill.models.zoo.weights import Conversion, Weight, conversions
 from gristmill.util.errors import UserError
 
 AGAIN = "Fetch or copy it again."
-Kind = Literal["checkpoint", "huggingface", "litgpt", "gguf"]
+Kind = Literal["checkpoint", "huggingface", "litgpt", "gguf", "peft"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class ModelDir:
     """The table of names; None where the names are ours."""
     is_dropped: Callable[[str], bool] = _never
     """Whether a tensor that the table does not name carries no weight."""
+    base: ModelDir | None = None
+    """The model that an adapter at `path` changes."""
 
     def conversions(self) -> list[Conversion]:
         """Which tensors hold which parameters."""

@@ -33,6 +33,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _places(source: ModelDir) -> list[Path]:
     if source.kind == "gguf":  # within
         return [source.path]
+    if source.base is not None:  # an adapter's own, or else its base's
+        return [source.path, *_places(source.base)]
     tensors = source.open_tensors()
     weights = tensors.file_of(next(iter(tensors)))
     return [place for place in (source.path, weights.parent) if place.is_dir()]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gristmill.config.model import ModelConfig
 from gristmill.models.cache import LayerCache
 from gristmill.models.norm import build_norm
+from gristmill.models.prompt import Prompt
 from gristmill.models.rope import apply_rope
 
 
@@ -37,6 +38,8 @@ class Attention(nn.Module):
         if config.qk_norm != "none":
             self.q_norm = build_norm(config, q_width if self.norm_all else self.head_size)
             self.k_norm = build_norm(config, kv_width if self.norm_all else self.head_size)
+        self.prompt: Prompt | None = None
+        """Trained vectors that are looked at besides; for the block to set."""
 
     def forward(
         self,
@@ -67,7 +70,20 @@ class Attention(nn.Module):
             if self.window is not None and mask is None and q.shape[2] == 1:
                 k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         out = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
-        return self.o(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)
+        return self.o(out) if self.prompt is None else self.prompt(self, q, out)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of vectors x [B, n, d] without a position, [B, kv_heads, n, D] each."""
+        k, v = self.k(x), self.v(x)
+        if self.clip is not None:
+            k, v = k.clamp(-self.clip, self.clip), v.clamp(-self.clip, self.clip)
+        if self.norm_all:
+            k = self.k_norm(k)
+        k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (k, v))
+        if not self.norm_all:
+            k = self.k_norm(k)
+        return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def attend(

@@ -87,6 +87,7 @@ def _check_parts(config: ModelConfig) -> None:
             "latent_attention with head_dim": config.head_dim is not None,
             "latent_attention with rope_fraction": config.rope_fraction != 1.0,
             "latent_attention with fewer num_kv_heads": config.kv_heads != config.num_heads,
+            "latent_attention with adaption_prompt": config.adaption_prompt is not None,
         }
     found = [what for what, is_so in wrong.items() if is_so]
     if found:
@@ -95,6 +96,12 @@ def _check_parts(config: ModelConfig) -> None:
         raise UserError(f"sliding_window is {config.sliding_window}. Use a positive number.")
     if config.moe is not None:
         _check_experts(config.moe)
+    prompt = config.adaption_prompt
+    if prompt is not None and (prompt.length < 1 or not 0 < prompt.num_layers <= config.num_layers):
+        raise UserError(
+            f"adaption_prompt has {prompt.length} vectors in {prompt.num_layers} of "
+            f"{config.num_layers} blocks. Use at least one of both, and at most all blocks."
+        )
 
 
 def _check_experts(moe: MixtureOfExperts) -> None:

@@ -29,6 +29,9 @@ def parameter_shapes(config: ModelConfig) -> Shapes:
         shapes |= _norm_shapes(config, "embed_norm", d)
     for layer in range(config.num_layers):
         block = _block_shapes(config, config.expert_layers[layer])
+        if config.prompt_layers[layer] and config.adaption_prompt is not None:
+            block["attn.prompt.vectors"] = (config.adaption_prompt.length, d)
+            block["attn.prompt.gate"] = (1,)
         shapes |= {f"layers.{layer}.{name}": s for name, s in block.items()}
     shapes |= _norm_shapes(config, "norm", d)
     if not config.tie_embeddings:

@@ -30,6 +30,7 @@ from gristmill.models.masks import attention_mask, lengths_within, mask_between,
 from gristmill.models.mlp import build_mlp
 from gristmill.models.moe import MixtureOfExperts
 from gristmill.models.norm import build_norm
+from gristmill.models.prompt import Prompt
 from gristmill.models.rope import rope_tables
 
 
@@ -50,6 +51,8 @@ class Block(nn.Module):
             self.attn: nn.Module = LatentAttention(config)
         else:
             self.attn = Attention(config, self.window)
+            if config.prompt_layers[layer]:
+                self.attn.prompt = Prompt(config)
         self.attn_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm and not config.shared_norm)
         if self.has_experts:

@@ -29,6 +29,7 @@ def init_weights(
     | attn.o, mlp.down (experts' too)    | N(0, 0.02 / sqrt(2 num_layers))   (GPT-2, section 2.3) |
     | every bias                         | 0                                                      |
     | norm weights                       | 1, or 0 where one is added to them                     |
+    | adaption prompts: vectors, gate    | N(0, 1), 0                        (LLaMA-Adapter)      |
 
     The depth scale keeps the variance of the residual stream from growing with the 2 num_layers
     branches that add to it ("Language Models are Unsupervised Multitask Learners", 2019).
@@ -51,8 +52,10 @@ def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) 
     """The initial value of the parameter `name`, fp32 on the CPU."""
     module, _, kind = name.rpartition(".")
     leaf = module.rpartition(".")[2]
-    if kind in ("bias", "selection_bias"):
+    if kind in ("bias", "selection_bias", "gate"):
         return torch.zeros(shape)
+    if kind == "vectors":
+        return torch.empty(shape).normal_(generator=_generator(seed, name))
     assert kind == "weight", f"no initial value for the parameter {name}"
     if leaf.endswith("norm"):
         return torch.full(shape, 0.0 if config.norm_unit_offset else 1.0)

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from gristmill.config.model import (
+    AdaptionPrompt,
     LatentAttention,
     MixtureOfExperts,
     ModelConfig,
@@ -169,6 +170,7 @@ def config_from_dict(raw: dict[str, Any]) -> ModelConfig:
         "rope_scaling": RopeScaling,
         "moe": MixtureOfExperts,
         "latent_attention": LatentAttention,
+        "adaption_prompt": AdaptionPrompt,
     }
     made = {key: _made(kind, raw[key]) for key, kind in parts.items() if raw.get(key)}
     config: ModelConfig = _made(ModelConfig, raw | made)

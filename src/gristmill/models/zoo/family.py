@@ -31,6 +31,16 @@ RESOLVED = {
 }
 
 
+@dataclass(frozen=True)
+class Adaption:
+    """Where PEFT puts adaption prompts into an architecture that it has them for."""
+
+    module: str
+    """The attention of block `{i}`."""
+    projected: bool = True
+    """Whether what they give goes through the output projection."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Everything that is particular to one Hugging Face architecture."""
@@ -69,6 +79,8 @@ class Family:
     """Patterns in the names of tensors and what takes their place, for files that vary."""
     get_unquantized: str = "Get its repository of 16-bit weights."
     """What to do about weights in fewer bits than are supported."""
+    adaption: Adaption | None = None
+    """Adaption prompts of PEFT, if it knows the architecture."""
     dropped: tuple[str, ...] = ()
     """Patterns of tensors in files that are no weights of this model, besides rotary tables;
     `{num_layers}` stands for the number of the block behind the last."""

@@ -4,7 +4,7 @@ LayerNorm, GELU by tanh, biases, a tied head; matrices lie transposed on disk (`
 from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
-from gristmill.models.zoo.family import Family, Json
+from gristmill.models.zoo.family import Adaption, Family, Json
 from gristmill.models.zoo.sizes import size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
 from gristmill.models.zoo.words import ACTIVATIONS, Word
@@ -96,6 +96,7 @@ FAMILY = Family(
     architecture="GPT2LMHeadModel",
     model_type="gpt2",
     weights=WEIGHTS,
+    adaption=Adaption("transformer.h.{i}.attn", projected=False),
     words=WORDS,
     fixed=GPT2,
     constants={

@@ -6,7 +6,7 @@ Other families have its tensors under the same names and take `WEIGHTS` from her
 from __future__ import annotations
 
 from gristmill.config.model import RopeScaling
-from gristmill.models.zoo.family import Family
+from gristmill.models.zoo.family import Adaption, Family
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.weights import Weight, layer_weights
 from gristmill.models.zoo.words import ATTENTION_BIAS, STANDARD, Word
@@ -233,6 +233,7 @@ FAMILY = Family(
     architecture="LlamaForCausalLM",
     model_type="llama",
     weights=WEIGHTS,
+    adaption=Adaption("model.layers.{i}.self_attn"),
     words=WORDS,
     models=MODELS,
 )

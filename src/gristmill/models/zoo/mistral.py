@@ -5,7 +5,7 @@ sliding window in every block.
 from __future__ import annotations
 
 from gristmill.config.model import ModelConfig
-from gristmill.models.zoo.family import Family
+from gristmill.models.zoo.family import Adaption, Family
 from gristmill.models.zoo.llama import WEIGHTS
 from gristmill.models.zoo.sizes import shape, size, table
 from gristmill.models.zoo.words import STANDARD, Json, Word, parse_layer_types, replaced
@@ -81,6 +81,7 @@ FAMILY = Family(
     architecture="MistralForCausalLM",
     model_type="mistral",
     weights=WEIGHTS,
+    adaption=Adaption("model.layers.{i}.self_attn"),
     words=WORDS,
     parse_more=parse_window,
     more_words=window_word,
