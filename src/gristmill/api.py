@@ -40,7 +40,7 @@ def pretrain(config: Pretrain | None = None, **settings: Any) -> None:
     Settings are the command's options (`config.commands.Pretrain`), or one filled dataclass;
     `train`, `eval`, `log` and `optimizer` may be dictionaries of their options.
     """
-    from gristmill.launch.start import pretrain as run
+    from gristmill.launch.start import train as run
 
     run(_configured(Pretrain, config, settings))
 

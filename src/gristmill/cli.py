@@ -34,6 +34,13 @@ _MOST_WORDS = 10_000
 MANY_PATHS = ("data_path+",) * _MOST_WORDS
 MANY_INPUTS = ("input_dir+",) * _MOST_WORDS
 
+SPELLINGS = {
+    "finetune_full": "finetune full",
+    "finetune_lora": "finetune lora",
+    "finetune_adapter": "finetune adapter",
+}
+"""Names of commands in another tool, and ours."""
+
 VERBOSE = ("--verbose", "--verbose true", "-v")
 
 COMMANDS = {
@@ -94,11 +101,29 @@ COMMANDS = {
     ),
     "pretrain": Command(
         "gristmill.config.commands:Pretrain",
-        "gristmill.launch.start:pretrain",
+        "gristmill.launch.start:train",
         "train a model, from scratch or continued, resumable",
         ("model_name",),
         "gristmill.models.zoo:names",
         "gristmill.models.zoo.listing:table",
+    ),
+    "finetune full": Command(
+        "gristmill.config.finetune:FinetuneFull",
+        "gristmill.launch.start:train",
+        "train all weights of a model on instructions or chats, resumable",
+        ("checkpoint_dir",),
+    ),
+    "finetune lora": Command(
+        "gristmill.config.finetune:FinetuneLora",
+        "gristmill.launch.start:train",
+        "train a low-rank addition (LoRA, DoRA) on instructions or chats, resumable",
+        ("checkpoint_dir",),
+    ),
+    "finetune adapter": Command(
+        "gristmill.config.finetune:FinetuneAdapter",
+        "gristmill.launch.start:train",
+        "train prefixes of the attention on instructions or chats, resumable",
+        ("checkpoint_dir",),
     ),
     "generate": Command(
         "gristmill.config.use_commands:Generate",
@@ -111,6 +136,13 @@ COMMANDS = {
         "gristmill.infer.chat:chat",
         "talk with a model",
         ("checkpoint_dir",),
+    ),
+    "evaluate": Command(
+        "gristmill.config.evaluate:Evaluate",
+        "gristmill.evaluate.command:evaluate",
+        "measure a model on tasks of lm-evaluation-harness",
+        ("checkpoint_dir",),
+        "gristmill.evaluate.harness:names",
     ),
     "inspect": Command(
         "gristmill.config.commands:Inspect",
@@ -274,6 +306,7 @@ def _listing(command: Command, rest: list[str]) -> str | None:
 
 
 def _command_name(words: list[str]) -> tuple[str, list[str]]:
+    words = [*SPELLINGS.get(words[0], words[0]).split(" "), *words[1:]]
     for length in (2, 1):
         name = " ".join(words[:length])
         if name in COMMANDS:

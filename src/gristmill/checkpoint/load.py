@@ -58,8 +58,11 @@ def load(
     *,
     verified: bool = False,
     ranks: Ranks = ALONE,
+    trained_only: bool = False,
 ) -> dict[str, Any]:
     """Put a checkpoint into `model` (and `optimizer`), in place; returns its record.
+
+    With `trained_only` it holds the trained parameters alone, and the others stay as they are.
 
     The state may have been saved by any number of processes; all `ranks` load together. Learning
     rates and other hyperparameters are left as they are. `verified` skips the digests, after
@@ -71,10 +74,11 @@ def load(
     if not verified:
         store.verify(path)
     quiet_single_process()
-    _check_model(path, model_state(model), _saved_tensors(path / "weights"))
+    weights = model_state(model, trained_only=trained_only)
+    _check_model(path, weights, _saved_tensors(path / "weights"))
     if optimizer is not None:
         _check_optimizer(path, record, model, optimizer)
-    _read(path / "weights", model_state(model), ranks)
+    _read(path / "weights", weights, ranks)
     if optimizer is not None:
         saved = _saved_tensors(path / "optimizer")
         _read(path / "optimizer", allocate_optimizer_state(model, optimizer, saved), ranks)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Checkpointer:
     one tries again. Of several `ranks` each writes its part; it fails on all when it fails on one.
 
     keep_last: newest checkpoints that stay, at least 2. keep_every: those whose step is a multiple
-    stay as well. Later steps than the one saved are left alone (`store.discard_after` drops them).
+    stay as well. trained_only: the parameters that are not trained are left out. files: small ones
+    that each checkpoint gets beside its own. Later steps than the one saved are left alone
+    (`store.discard_after` drops them).
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Checkpointer:
         config: ModelConfig,
         tokenizer_dir: Path | None = None,
         ranks: Ranks = ALONE,
+        trained_only: bool = False,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         if keep_last < 2:
             raise UserError(
@@ -70,6 +75,8 @@ class Checkpointer:
         self._config = config
         self._tokenizer_dir = tokenizer_dir
         self._ranks = ranks
+        self._trained_only = trained_only
+        self._files = dict(files or {})
         self._staging = {"weights": Staging(), "optimizer": Staging()}
         self._thread: threading.Thread | None = None
         quiet_single_process()
@@ -90,7 +97,7 @@ class Checkpointer:
         record = json.loads(json.dumps(record))
         record |= {"step": step, "optimizer": type(optimizer).__name__}
         state = {
-            "weights": model_state(model),
+            "weights": model_state(model, trained_only=self._trained_only),
             "optimizer": optimizer_state(model, optimizer),
         }
         staged = {kind: self._staging[kind].copy(tensors) for kind, tensors in state.items()}
@@ -164,6 +171,8 @@ class Checkpointer:
                 )
         config = json.dumps({"gristmill": 1, **asdict(self._config)}, indent=2)
         small = {"config.json": _write_small(target / "config.json", config.encode())}
+        for name, text in self._files.items():
+            small[name] = _write_small(target / name, text.encode())
         if self._tokenizer_dir is not None:
             (target / "tokenizer").mkdir()
             for name in TOKENIZER_FILES:

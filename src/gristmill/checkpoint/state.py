@@ -15,12 +15,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 
-def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, not copied. A shared tensor appears once."""
+def model_state(model: nn.Module, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, not copied. A shared tensor appears once.
+
+    With `trained_only` just the parameters that are trained.
+    """
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert isinstance(tensor, Tensor), f"{name} is a {type(tensor).__name__}, not a tensor"
+        if trained_only and not tensor.requires_grad:
+            continue
         if id(tensor) not in seen:
             seen.add(id(tensor))
             state[name] = tensor.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from gristmill.config.data import DataModule
 from gristmill.config.model import ModelConfig
@@ -15,6 +15,7 @@ from gristmill.config.sections import (
     Optimizer,
     Parallel,
     Precision,
+    StepArgs,
     TrainArgs,
 )
 
@@ -54,23 +55,16 @@ class SlurmJob:
 
 
 @dataclass(kw_only=True)
-class Pretrain:
-    """Train a model on text, from scratch or from a checkpoint; interrupted runs continue."""
+class Training:
+    """What every command that trains has: where, how, how long and how it is looked at."""
 
-    model_name: str | None = None
-    """Architecture (`gristmill pretrain list`), or module:name of a ModelConfig of your own."""
-    model_config: ModelConfig | None = None
-    """A custom architecture instead of a named one."""
-    data: DataModule | None = None
-    """What to train on: TextFiles, Jsonl, Parquet, a known corpus, LitData, or module:Class."""
-    tokenizer_dir: str | None = None
-    """Directory of the tokenizer; found in a prepared dataset when unset."""
+    command: ClassVar[str]
+    """The words of the command, as workers are started with them."""
+
     out_dir: str | None = None
     """Directory of the run; unset: out/<model>-<data>-<n>."""
     overwrite: bool = False
     """Delete another run's state in out_dir first."""
-    initial_checkpoint_dir: str | None = None
-    """Start from the weights of this model directory."""
     resume: bool | str = "auto"
     """auto: continue this run if begun; true: it must be; false: must not; or a checkpoint."""
     precision: Precision | Auto = "auto"
@@ -100,13 +94,11 @@ class Pretrain:
     all (full), all but a share that is kept (0 to 1); auto: the least that fits."""
     deterministic: bool = False
     """Only bitwise repeatable algorithms (CUDA; the CPU always is)."""
-    train: TrainArgs = field(default_factory=TrainArgs)
+    train: StepArgs = field(default_factory=StepArgs)
     eval: EvalArgs = field(default_factory=EvalArgs)
     log: LogArgs = field(default_factory=LogArgs)
     optimizer: Optimizer = field(default_factory=AdamW)
     """Optimizer and its learning rate."""
-    allow_unexportable: bool = False
-    """Train a model that no Hugging Face architecture describes; it stays a checkpoint."""
     hook: str | None = None
     """Your function, as module:name, called after every step with (run, stats)."""
     logger_name: str | list[str] = "none"
@@ -116,6 +108,33 @@ class Pretrain:
     """Trace of some steps and where their time went: FROM:TO, or true for a few early ones."""
     seed: int = 42
     """Seed of initialisation and randomness in training."""
+
+
+@dataclass(kw_only=True)
+class PretrainSubject:
+    """What is trained, and on what."""
+
+    model_name: str | None = None
+    """Architecture (`gristmill pretrain list`), or module:name of a ModelConfig of your own."""
+    model_config: ModelConfig | None = None
+    """A custom architecture instead of a named one."""
+    data: DataModule | None = None
+    """What to train on: TextFiles, Jsonl, Parquet, a known corpus, LitData, or module:Class."""
+    tokenizer_dir: str | None = None
+    """Directory of the tokenizer; found in a prepared dataset when unset."""
+    initial_checkpoint_dir: str | None = None
+    """Start from the weights of this model directory."""
+    allow_unexportable: bool = False
+    """Train a model that no Hugging Face architecture describes; it stays a checkpoint."""
+
+
+@dataclass(kw_only=True)
+class Pretrain(Training, PretrainSubject):
+    """Train a model on text, from scratch or from a checkpoint; interrupted runs continue."""
+
+    command: ClassVar[str] = "pretrain"
+
+    train: TrainArgs = field(default_factory=TrainArgs)
 
 
 @dataclass(kw_only=True)

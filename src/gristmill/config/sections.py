@@ -10,7 +10,7 @@ Precision = Literal["bf16-mixed", "bf16-true", "32-true"]
 
 
 @dataclass(kw_only=True)
-class TrainArgs:
+class StepArgs:
     """Length, batches and schedule of training. `auto` fits the run; a typed value is checked."""
 
     max_tokens: int | Auto = "auto"
@@ -41,14 +41,6 @@ class TrainArgs:
     """Gradient norm to clip to; null: no clipping."""
     z_loss: float = 0.0
     """Weight of the squared log-normaliser added to the loss; 0: off."""
-    document_mask: bool | Auto = "auto"
-    """Keep attention and positions inside documents; auto: for datasets that gristmill prepared."""
-    packing: Literal["concat", "best_fit"] = "concat"
-    """Samples: text cut every max_seq_length tokens, or rows of whole documents and padding."""
-    batch_order: Literal["locality", "spread"] = "locality"
-    """Which rows of a batch a device reads: those of neighbouring chunks, or a random share."""
-    tie_embeddings: bool | None = None
-    """Share input embedding and output head; unset: as the model defines it."""
     save_interval: int | Auto = "auto"
     """Steps between checkpoints; auto: a tenth of the run, at most 1,000. Also every 10 minutes."""
     keep_last: int = 3
@@ -66,6 +58,20 @@ class TrainArgs:
     """Losses that a spike is measured against; unset: 100."""
     spike_deviations: float | None = None
     """Standard deviations above their mean that make a spike; unset: 6."""
+
+
+@dataclass(kw_only=True)
+class TrainArgs(StepArgs):
+    """Length, batches and schedule of pretraining, and how text becomes samples."""
+
+    document_mask: bool | Auto = "auto"
+    """Keep attention and positions inside documents; auto: for datasets that gristmill prepared."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Samples: text cut every max_seq_length tokens, or rows of whole documents and padding."""
+    batch_order: Literal["locality", "spread"] = "locality"
+    """Which rows of a batch a device reads: those of neighbouring chunks, or a random share."""
+    tie_embeddings: bool | None = None
+    """Share input embedding and output head; unset: as the model defines it."""
 
 
 @dataclass(kw_only=True)

@@ -6,20 +6,20 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
+from gristmill.config.commands import RayWorkers, SlurmJob, Training
 from gristmill.config.data import RawText
 from gristmill.util.errors import UserError
 
 if TYPE_CHECKING:
     from gristmill.data.preparation.job import Executor
-    from gristmill.train.settle import Job
+    from gristmill.train.job import Job
 
 
-def _check_shared(cfg: Pretrain) -> None:
+def _check_shared(cfg: Training) -> None:
     """Refuse to prepare what lies on an object store into a cache that only this machine has."""
     from gristmill.data.storage import is_url
 
-    data = cfg.data
+    data = getattr(cfg, "data", None)
     if not isinstance(data, RawText) or data.cache_dir is not None or cfg.num_nodes == 1:
         return
     if is_url(data.train_data_path):
@@ -30,8 +30,8 @@ def _check_shared(cfg: Pretrain) -> None:
 
 
 def settle_elsewhere(
-    cfg: Pretrain, kind: str, prepare_with: Executor | None = None
-) -> tuple[Job, Pretrain]:
+    cfg: Training, kind: str, prepare_with: Executor | None = None
+) -> tuple[Job, Training]:
     """The job as this machine sees it, and the settings that workers with devices `kind` read.
 
     Every mistake that can be found here is, and raw text is prepared, before anything is started:
@@ -39,7 +39,7 @@ def settle_elsewhere(
     """
     import torch
 
-    from gristmill.train.settle import settle
+    from gristmill.launch.settling import settle
 
     _check_shared(cfg)
     here = dataclasses.replace(cfg, device=kind)

@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from gristmill import __version__
-from gristmill.config.commands import Pretrain, RayCluster
+from gristmill.config.commands import RayCluster, Training
 from gristmill.config.sections import Parallel
 from gristmill.launch.elsewhere import settle_elsewhere, stamp
 from gristmill.util.errors import Interrupted, RunError, UserError
@@ -62,7 +62,7 @@ class Crew:
         return {"CPU": self.num_cpus} | ({"GPU": 1.0} if self.kind == "cuda" else {})
 
 
-def pretrain_on_ray(cfg: Pretrain) -> None:
+def train_on_ray(cfg: Training) -> None:
     """Train as `cfg` says on a Ray cluster, to the end.
 
     Raises what one process would: UserError for a mistake, RunError for a failure, Interrupted
@@ -85,6 +85,7 @@ def pretrain_on_ray(cfg: Pretrain) -> None:
             "record": str(job.out_dir.resolve() / RUN_FILE),
             "before": stamp(job.out_dir / RUN_FILE),
             "num_cpus": crew.num_cpus,
+            "command": cfg.command.split(),
             "directory": os.getcwd(),
             "path": [path or os.getcwd() for path in sys.path],
             "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -92,7 +93,7 @@ def pretrain_on_ray(cfg: Pretrain) -> None:
         _watch(folder, _trainer(cfg, crew, folder, order).fit)
 
 
-def _check(cfg: Pretrain) -> None:
+def _check(cfg: Training) -> None:
     """Refuse settings that cannot work, whatever the cluster."""
     if cfg.device == "mps":
         raise UserError("--device mps: Ray places no such devices. Use --launcher local.")
@@ -116,7 +117,7 @@ def _check(cfg: Pretrain) -> None:
         )
 
 
-def crew_of(cfg: Pretrain, nodes: list[dict[str, float]]) -> Crew:
+def crew_of(cfg: Training, nodes: list[dict[str, float]]) -> Crew:
     """The workers for these settings on a cluster whose machines have these resources.
 
     Of `auto`: GPUs where the cluster has some, as many on a machine as the largest has; on CPUs one
@@ -141,7 +142,7 @@ def crew_of(cfg: Pretrain, nodes: list[dict[str, float]]) -> Crew:
     return Crew(kind, per_node, cfg.num_nodes * per_node, fewest * per_node, num_cpus)
 
 
-def _folder(out_dir: Path, settings: Pretrain) -> Path:
+def _folder(out_dir: Path, settings: Training) -> Path:
     """A folder of this command's own in the run directory, with the settings that workers read."""
     from gristmill.config.parse import to_yaml
 
@@ -218,7 +219,7 @@ def _say_if_too_few(crew: Crew, nodes: list[dict[str, float]]) -> None:
         )
 
 
-def _trainer(cfg: Pretrain, crew: Crew, folder: Path, order: dict[str, Any]) -> Any:
+def _trainer(cfg: Training, crew: Crew, folder: Path, order: dict[str, Any]) -> Any:
     """Ray Train's trainer of these workers.
 
     The one that its TorchTrainer is made of: that would open a process group in Ray's own
@@ -379,7 +380,8 @@ def serve(order: dict[str, Any]) -> None:
         REPORTS: str(meeting),
         LAUNCHER: str(os.getpid()),
     }
-    command = [sys.executable, "-P", "-m", "gristmill", "pretrain", "--config", place["settings"]]
+    command = [sys.executable, "-P", "-m", "gristmill", *order["command"]]
+    command += ["--config", place["settings"]]
     with (meeting / f"rank-{rank}.log").open("wb") as log:
         process = subprocess.Popen(
             command,

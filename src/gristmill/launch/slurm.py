@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gristmill.config.commands import Prepare, Pretrain, RayWorkers, SlurmJob
+from gristmill.config.commands import Prepare, Pretrain, RayWorkers, SlurmJob, Training
 from gristmill.config.data import LitData, RawText, Records, TextFiles
 from gristmill.config.parse import to_yaml
 from gristmill.launch.elsewhere import settle_elsewhere
@@ -33,7 +33,7 @@ SCRIPT = """\
 #!/bin/bash
 {options}
 
-# Written by `gristmill pretrain --launcher slurm`; submit it again with: sbatch {job}
+# Written by `gristmill {command} --launcher slurm`; submit it again with: sbatch {job}
 # SLURM tells the ranks by SIGUSR1 that the time is nearly over: they save, and the job is queued
 # again. After a node has failed or others went first, SLURM queues it again by itself.
 
@@ -52,7 +52,7 @@ for attempt in $(seq 0 {max_restarts}); do
     else
         export GRISTMILL_ATTEMPT=0
     fi
-    srun {srun} "${{gristmill[@]}}" pretrain --config "$settings"
+    srun {srun} "${{gristmill[@]}}" {command} --config "$settings"
     code=$?
     case $code in
         {told})
@@ -76,7 +76,7 @@ srun --ntasks={nodes} --ntasks-per-node=1 "${{gristmill[@]}}" prepare --config {
 """
 
 
-def submit(cfg: Pretrain) -> None:
+def submit(cfg: Training) -> None:
     """Write the batch job of these settings into the run directory, and submit it.
 
     Raises UserError for settings that cannot work, RunError where sbatch refuses the job.
@@ -114,7 +114,7 @@ def submit(cfg: Pretrain) -> None:
     )
 
 
-def _check(cfg: Pretrain) -> tuple[str, int]:
+def _check(cfg: Training) -> tuple[str, int]:
     """Kind and number of the devices of a machine. Raises UserError for what cannot work."""
     check_ranges(cfg)
     kind, devices, slurm = cfg.device, cfg.devices, cfg.slurm
@@ -157,7 +157,7 @@ def extra_options(slurm: SlurmJob) -> list[str]:
     return list(slurm.extra)
 
 
-def script(cfg: Pretrain, kind: str, devices: int, out_dir: Path) -> str:
+def script(cfg: Training, kind: str, devices: int, out_dir: Path) -> str:
     """The batch script: nodes, time, signal, and the loop around srun."""
     slurm, folder = cfg.slurm, out_dir / FOLDER
     options = [
@@ -193,16 +193,17 @@ def script(cfg: Pretrain, kind: str, devices: int, out_dir: Path) -> str:
         devices=devices,
         prepare=prepare,
         max_restarts=cfg.max_restarts,
+        command=cfg.command,
         srun=shlex.join(srun),
         told=TOLD_TO_SAVE,
         leave_s=LEAVE_S,
     )
 
 
-def _prepared_in_job(cfg: Pretrain) -> tuple[Path, Pretrain, Prepare]:
+def _prepared_in_job(cfg: Training) -> tuple[Path, Pretrain, Prepare]:
     """Run directory, settings of the training and of the preparation before it, in the job."""
-    data = cfg.data
-    if not isinstance(data, RawText):
+    data = cfg.data if isinstance(cfg, Pretrain) else None
+    if not isinstance(cfg, Pretrain) or not isinstance(data, RawText):
         raise UserError(
             "--slurm.prepare job: only raw text is prepared (--data TextFiles and its like). "
             "Leave it out.",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gristmill.checkpoint.ranks import OtherRankError
-from gristmill.config.commands import Pretrain, RayWorkers, SlurmJob
+from gristmill.config.commands import RayWorkers, SlurmJob, Training
 from gristmill.config.parse import to_yaml
 from gristmill.launch.local import run_workers
 from gristmill.launch.worker import is_worker, run_as_worker
@@ -23,13 +23,13 @@ from gristmill.util.errors import RunError, UserError
 from gristmill.util.reports import FAILED
 
 if TYPE_CHECKING:
-    from gristmill.train.settle import Job
+    from gristmill.train.job import Job
 
 OTHERS_WAIT_S = 3.0
 """Before a rank repeats a mistake that the first rank has made too, and that ends them all."""
 
 
-def pretrain(cfg: Pretrain) -> None:
+def train(cfg: Training) -> None:
     """Train as `cfg` says on the devices it asks for.
 
     A process that `torchrun`, `srun` or `mpirun` started joins its world. Otherwise one device is
@@ -44,9 +44,9 @@ def pretrain(cfg: Pretrain) -> None:
         return
     _refuse_settings_of_others(cfg)
     if cfg.launcher == "ray":
-        from gristmill.launch.ray import pretrain_on_ray
+        from gristmill.launch.ray import train_on_ray
 
-        pretrain_on_ray(cfg)
+        train_on_ray(cfg)
         return
     if cfg.launcher == "slurm":
         from gristmill.launch.slurm import submit
@@ -57,7 +57,7 @@ def pretrain(cfg: Pretrain) -> None:
         raise UserError(
             f"--num_nodes {cfg.num_nodes}: this command runs on one machine. Use --launcher slurm "
             "or ray, or start it on each, for example with torchrun --nnodes "
-            f"{cfg.num_nodes} --nproc-per-node DEVICES -m gristmill pretrain …",
+            f"{cfg.num_nodes} --nproc-per-node DEVICES -m gristmill {cfg.command} …",
             {"--launcher": "slurm"},
         )
     count = num_devices(cfg)
@@ -67,7 +67,7 @@ def pretrain(cfg: Pretrain) -> None:
     _train_here(cfg, count)
 
 
-def _refuse_settings_of_others(cfg: Pretrain) -> None:
+def _refuse_settings_of_others(cfg: Training) -> None:
     """Refuse what only another launcher has a use for."""
     for launcher, given, nothing in (
         ("ray", cfg.ray, RayWorkers()),
@@ -82,22 +82,22 @@ def _refuse_settings_of_others(cfg: Pretrain) -> None:
             )
 
 
-def _train(cfg: Pretrain, *, quiet: bool = False) -> None:
+def _train(cfg: Training, *, quiet: bool = False) -> None:
     """The work of one rank; `quiet`: what is said of settings and data has been said."""
+    from gristmill.launch.settling import settle
     from gristmill.train.fit import fit
-    from gristmill.train.settle import settle
 
     with contextlib.redirect_stdout(io.StringIO()) if quiet else contextlib.nullcontext():
         job = settle(cfg)
     fit(job)
 
 
-def _train_here(cfg: Pretrain, count: int) -> None:
+def _train_here(cfg: Training, count: int) -> None:
     """Train in `count` workers of this machine.
 
     Text is prepared, and every mistake in the settings found, once and before any worker runs.
     """
-    from gristmill.train.settle import settle
+    from gristmill.launch.settling import settle
 
     job = settle(cfg)
     before = _written(job)
@@ -109,12 +109,13 @@ def _train_here(cfg: Pretrain, count: int) -> None:
                 settings = _going_on(settings)
             file = Path(folder) / f"run-{attempt}.yaml"
             file.write_text(to_yaml(settings), encoding="utf-8")
-            return [sys.executable, "-P", "-m", "gristmill", "pretrain", "--config", str(file)]
+            words = [*cfg.command.split(), "--config", str(file)]
+            return [sys.executable, "-P", "-m", "gristmill", *words]
 
         run_workers(command, count, max_restarts=cfg.max_restarts)
 
 
-def _train_in(world: World, cfg: Pretrain) -> None:
+def _train_in(world: World, cfg: Training) -> None:
     """Train as one rank of a world that somebody else has started, and perhaps starts again."""
     join(world)
     if world.attempt:
@@ -154,7 +155,7 @@ def _abandon(world: World, error: Exception) -> None:
     os._exit(FAILED)
 
 
-def _going_on(cfg: Pretrain) -> Pretrain:
+def _going_on(cfg: Training) -> Training:
     """The settings of an attempt after the first: what that has begun is neither deleted nor
     refused."""
     resume = "auto" if cfg.resume is False else cfg.resume
@@ -172,7 +173,7 @@ def _written(job: Job) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def num_devices(cfg: Pretrain) -> int:
+def num_devices(cfg: Training) -> int:
     """Processes on this machine: one for each device asked for; auto: all GPUs, or one."""
     import torch
 

@@ -28,6 +28,8 @@ class TokenBatch:
     """int32 [rows, seq_len + 1], the number of each token's document in its row; None: no mask."""
     lengths: Tensor | None = None
     """int64 [rows], tokens of each row that are there; None: all."""
+    learned: Tensor | None = None
+    """bool [rows, seq_len + 1], the tokens that may be targets; None: all."""
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, *, document_mask: bool = False) -> TokenBatch:
@@ -38,7 +40,10 @@ class TokenBatch:
         """
         width = batch.tokens.shape[1]
         is_target = (np.arange(1, width) < batch.lengths[:, None]) & batch.valid[:, None]
-        documents = lengths = None
+        documents = lengths = learned = None
+        if batch.targets is not None:
+            is_target &= batch.targets[:, 1:]
+            learned = _to_device(torch.from_numpy(batch.targets), device)
         if bool((batch.lengths[batch.valid] < width).any()):
             lengths = torch.from_numpy(batch.lengths).to(device)
         if document_mask:
@@ -47,7 +52,7 @@ class TokenBatch:
             documents = _to_device(torch.from_numpy(numbers), device)
         tokens = _to_device(torch.from_numpy(batch.tokens), device)
         valid = torch.from_numpy(batch.valid).to(device)
-        return cls(tokens, valid, int(is_target.sum()), documents, lengths)
+        return cls(tokens, valid, int(is_target.sum()), documents, lengths, learned)
 
     def num_micro_batches(self, size: int) -> int:
         """How many `micro_batches` of this size there are."""
@@ -66,6 +71,8 @@ class TokenBatch:
             if self.lengths is not None:
                 index = torch.arange(1, tokens.shape[1], device=tokens.device)
                 ignored = ignored | (index >= _padded(self.lengths[rows], size).unsqueeze(1))
+            if self.learned is not None:
+                ignored = ignored | ~_padded(self.learned[rows], size)[:, 1:]
             if self.documents is not None:
                 numbers = _padded(self.documents[rows], size)
                 ignored = ignored | (numbers[:, 1:] != numbers[:, :-1])

@@ -26,7 +26,7 @@ from gristmill import __version__
 from gristmill.checkpoint.load import newest_good
 from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.store import clean_partial, complete
-from gristmill.config.commands import Pretrain
+from gristmill.config.commands import Training
 from gristmill.config.parse import to_dict
 from gristmill.train.length import Length
 from gristmill.util.errors import UserError
@@ -62,23 +62,29 @@ class Record:
     micro_batch_size: int
 
 
-def identity(cfg: Pretrain, model: dict[str, Any], data: str, precision: str) -> dict[str, Any]:
-    """What makes this run the run it is, as plain data; `auto` stays `auto`."""
+def identity(
+    cfg: Training, model: dict[str, Any], data: str, precision: str, *, start: str | None = None
+) -> dict[str, Any]:
+    """What makes this run the run it is, as plain data; `auto` stays `auto`.
+
+    `start` names the weights that it starts from.
+    """
     typed = to_dict(cfg)
-    train = {f"train.{name}": typed["train"][name] for name in FIXED_TRAIN_SETTINGS}
+    fixed = [name for name in FIXED_TRAIN_SETTINGS if name in typed["train"]]
+    train = {f"train.{name}": typed["train"][name] for name in fixed}
     return {
         "model": model,
         "data": data,
-        "data.seed": getattr(cfg.data, "seed", None),
+        "data.seed": getattr(getattr(cfg, "data", None), "seed", None),
         "seed": cfg.seed,
         "precision": precision,
         "optimizer": typed["optimizer"],
-        "initial_checkpoint_dir": cfg.initial_checkpoint_dir,
+        "initial_checkpoint_dir": start,
         **train,
     }
 
 
-def find(cfg: Pretrain, wanted: dict[str, Any], name: str) -> tuple[Path, Record | None]:
+def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record | None]:
     """The run's directory and, where it continues a run, that run's record.
 
     Without `--out_dir` it is the newest `out/<name>-<n>` of the same identity, else the next
@@ -154,7 +160,7 @@ def _refuse_others(out_dir: Path) -> None:
 
 
 def start_point(
-    cfg: Pretrain, out_dir: Path, *, going_on: bool, ranks: Ranks = ALONE
+    cfg: Training, out_dir: Path, *, going_on: bool, ranks: Ranks = ALONE
 ) -> Path | None:
     """The checkpoint to go on from, verified; None for a run that starts afresh.
 
@@ -220,7 +226,7 @@ def read(out_dir: Path) -> Record | None:
 
 
 def write(
-    out_dir: Path, cfg: Pretrain, wanted: dict[str, Any], length: Length, micro_batch_size: int
+    out_dir: Path, cfg: Training, wanted: dict[str, Any], length: Length, micro_batch_size: int
 ) -> None:
     """Record the run, atomically."""
     content = {
@@ -282,7 +288,7 @@ def clear(out_dir: Path) -> None:
 
 
 def _find_numbered(
-    root: Path, name: str, wanted: dict[str, Any], cfg: Pretrain
+    root: Path, name: str, wanted: dict[str, Any], cfg: Training
 ) -> tuple[Path, Record | None]:
     numbers = sorted(
         (

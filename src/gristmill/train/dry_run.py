@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from gristmill.parallel.compile import uncompile_blocks
+from gristmill.train.job import Job
 from gristmill.train.run import Run
-from gristmill.train.settle import Job
 from gristmill.train.step import micro_step, update
 from gristmill.util.errors import UserError
 

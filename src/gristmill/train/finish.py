@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from gristmill import __version__
 from gristmill.checkpoint.store import RECORD_NAME, step_path
 from gristmill.config.parse import to_yaml
-from gristmill.formats.hf import write as write_model_dir
-from gristmill.formats.model_dir import open_model_dir
+from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.train.run import Run
 from gristmill.util.errors import Interrupted, RunError
 
@@ -79,23 +78,17 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
 
 
 def _write_final(run: Run, model: nn.Module, saved: Path) -> None:
-    final = run.job.out_dir / FINAL
     if run.mesh.world == 1:
         weights: Mapping[str, Tensor] = model.state_dict()
     else:
-        weights = open_model_dir(saved).parameters()
-    write_model_dir(
-        final,
-        run.job.model,
-        weights,
-        tokenizer_dir=run.job.tokenizer_dir,
-        extra_files={
-            "hyperparameters.yaml": to_yaml(run.job.cfg),
-            TRAINING_FILE: json.dumps(
-                {"gristmill": __version__, "step": run.state.step, "tokens": run.state.tokens}
-            ),
-        },
-    )
+        weights = open_tensors(weight_files(saved / "weights"))
+    files = {
+        "hyperparameters.yaml": to_yaml(run.job.cfg),
+        TRAINING_FILE: json.dumps(
+            {"gristmill": __version__, "step": run.state.step, "tokens": run.state.tokens}
+        ),
+    }
+    run.job.method.write(run.job, weights, run.job.out_dir / FINAL, files)
 
 
 def _limit(run: Run) -> str:

@@ -7,32 +7,28 @@ settings ─ settle ─▶ job ─ build ─ resume ─ dry run ─▶ step · g
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from gristmill.checkpoint.load import load as load_checkpoint
 from gristmill.config.commands import Pretrain
-from gristmill.formats.model_dir import load_weights
 from gristmill.models.decoder import Decoder
 from gristmill.models.device import weight_dtype
-from gristmill.models.init import init_weights
 from gristmill.optim.build import build_optimizer
 from gristmill.optim.schedules import lr_at
 from gristmill.parallel.mesh import Mesh
 from gristmill.parallel.parallelize import parallelize
-from gristmill.parallel.weights import materialize, put
+from gristmill.parallel.weights import materialize
 from gristmill.train.dry_run import dry_run
 from gristmill.train.finish import finish, is_finished
 from gristmill.train.guard import Guard
+from gristmill.train.job import Job
 from gristmill.train.profile import section
 from gristmill.train.run import Run
-from gristmill.train.settle import Job, settle
+from gristmill.train.settle import settle
 from gristmill.train.step import reseed, train_step
 from gristmill.train.throughput import Throughput
 from gristmill.train.validate import validate
-from gristmill.util.paths import resolve_model_dir
 
 
 def pretrain(cfg: Pretrain) -> None:
@@ -50,7 +46,7 @@ def fit(job: Job) -> None:
         run.model = model
         optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
         if run.start_from is not None:
-            load_checkpoint(run.start_from, model, optimizer, verified=True, ranks=run.ranks)
+            run.load(run.start_from)
         run.announce(how)
         job = run.job = dry_run(run, model, optimizer)
         run.begin()
@@ -75,7 +71,7 @@ def fit(job: Job) -> None:
             if guard.check(stats, run):
                 continue  # from an earlier checkpoint on
             row = {"loss": stats.loss, "grad_norm": stats.grad_norm, "lr": lr}
-            row |= speed.row(run.state, step_time_s, data_wait_s)
+            row |= speed.row(run.state, run.step_tokens, step_time_s, data_wait_s)
             if run.validation_due():
                 with section("validation"):
                     row |= validate(model, job, mesh, whole=run.complete(), stopping=run.stopping)
@@ -95,6 +91,7 @@ def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
     """
     with torch.device("meta"):
         model: nn.Module = Decoder(job.model)
+        job.method.adapt(model)
     model.to(weight_dtype(job.precision))
     how = parallelize(
         model,
@@ -105,10 +102,7 @@ def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
         precision=job.precision,
     )
     materialize(model, job.device)
-    if job.cfg.initial_checkpoint_dir is not None:
-        load_weights(model, Path(resolve_model_dir(job.cfg.initial_checkpoint_dir)), put=put)
-    else:
-        init_weights(model, job.cfg.seed, put=put)
+    job.method.fill(model, job)
     return model.train(), how
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gristmill.checkpoint.load import load as load_checkpoint
 from gristmill.checkpoint.load import newest_good
 from gristmill.checkpoint.store import complete, read_record, step_of
-from gristmill.config.sections import TrainArgs
+from gristmill.config.sections import StepArgs
 from gristmill.train.run import Run, progress_of
 from gristmill.train.spikes import most_loss, remember
 from gristmill.train.step import StepStats
@@ -25,7 +24,7 @@ MAX_REWINDS = 3
 class Guard:
     """Counts steps in a row whose update was left out, and ends a run that does not recover."""
 
-    def __init__(self, train: TrainArgs) -> None:
+    def __init__(self, train: StepArgs) -> None:
         """Tolerate fewer than `train.max_bad_steps` such steps in a row."""
         self.train = train
         self.in_a_row = 0
@@ -94,7 +93,7 @@ class Guard:
                 "does not help: go on from it with a lower learning rate: --initial_checkpoint_dir "
                 f"{path} --out_dir NEW --optimizer.lr {run.job.lr / 2:g}."
             )
-        load_checkpoint(path, run.model, run.optimizer, verified=True, ranks=run.ranks)
+        run.load(path)
         then, now = progress_of(read_record(path)), run.state
         run.state = replace(
             now,

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from gristmill.config.sections import EvalArgs, TrainArgs
+from gristmill.config.sections import EvalArgs, StepArgs
 from gristmill.util.errors import UserError
 
 STEPS_WANTED = 1000
@@ -39,7 +39,7 @@ class Length:
 
 
 def plan_length(
-    train: TrainArgs, evaluation: EvalArgs, *, seq_len: int, num_samples: int, earlier: Any = None
+    train: StepArgs, evaluation: EvalArgs, *, seq_len: int, num_samples: int, earlier: Any = None
 ) -> Length:
     """The run's extent; `earlier` is the `Length` of the run it continues, which settles `auto`.
 
@@ -75,7 +75,7 @@ def seconds(text: str, option: str = "--train.max_time") -> float:
     return sum(float(n) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[u] for n, u in parts)
 
 
-def _wanted_tokens(train: TrainArgs, seq_len: int, num_samples: int) -> int:
+def _wanted_tokens(train: StepArgs, seq_len: int, num_samples: int) -> int:
     """Tokens the run is for, before it is cut into whole steps; one epoch unless limited."""
     for option, value in (("max_tokens", train.max_tokens), ("epochs", train.epochs)):
         if value != "auto" and value is not None and value <= 0:
@@ -86,7 +86,7 @@ def _wanted_tokens(train: TrainArgs, seq_len: int, num_samples: int) -> int:
     return train.max_tokens if train.epochs is None else min(train.max_tokens, epochs)
 
 
-def _global_batch(train: TrainArgs, seq_len: int, wanted: int, earlier: Length | None) -> int:
+def _global_batch(train: StepArgs, seq_len: int, wanted: int, earlier: Length | None) -> int:
     micro = train.micro_batch_size
     if train.global_batch_size != "auto":
         batch = _positive("--train.global_batch_size", train.global_batch_size, 1)
@@ -106,7 +106,7 @@ def _global_batch(train: TrainArgs, seq_len: int, wanted: int, earlier: Length |
     return batch
 
 
-def _total_steps(train: TrainArgs, seq_len: int, num_samples: int, batch: int, wanted: int) -> int:
+def _total_steps(train: StepArgs, seq_len: int, num_samples: int, batch: int, wanted: int) -> int:
     step_tokens = seq_len * batch
     by_tokens = wanted // step_tokens
     if train.max_tokens == "auto":
@@ -129,7 +129,7 @@ def _total_steps(train: TrainArgs, seq_len: int, num_samples: int, batch: int, w
     return steps if unlimited else min(steps, by_tokens)
 
 
-def _warmup(train: TrainArgs, total: int, earlier: Length | None) -> int:
+def _warmup(train: StepArgs, total: int, earlier: Length | None) -> int:
     if train.lr_warmup_fraction is not None:
         if train.lr_warmup_steps != "auto":
             raise UserError(

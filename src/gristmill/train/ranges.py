@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gristmill.config.commands import Pretrain
+from gristmill.config.commands import Training
 from gristmill.util.errors import UserError
 
 RANGES: dict[str, tuple[float, float]] = {
@@ -34,7 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
 """Option -> its smallest and its largest value. Unset options and `auto` are not looked at."""
 
 
-def check_ranges(cfg: Pretrain) -> None:
+def check_ranges(cfg: Training) -> None:
     """Raise UserError for a number that is outside its range, naming both."""
     for option, (low, high) in RANGES.items():
         value: Any = cfg

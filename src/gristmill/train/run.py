@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from gristmill import __version__
+from gristmill.checkpoint.load import load as load_checkpoint
 from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, discard_after, read_record
@@ -29,8 +30,8 @@ from gristmill.parallel.mesh import Mesh, close_mesh, open_mesh
 from gristmill.track.console import Console, count, duration
 from gristmill.track.tracker import Trackers, open_trackers
 from gristmill.train import directory
+from gristmill.train.job import Job
 from gristmill.train.length import seconds
-from gristmill.train.settle import Job
 from gristmill.train.step import StepStats
 from gristmill.train.watch import Watch
 from gristmill.util.errors import RunError, UserError
@@ -95,6 +96,8 @@ class Run:
         """Nothing is written before the context is entered."""
         self.job = job
         self.state = State()
+        self.step_tokens = 0
+        """Tokens of the step that was made last."""
         self.stop_signal: int | None = None
         """What has asked some rank to leave, once all know of it."""
         self.ranks = ALONE
@@ -241,6 +244,8 @@ class Run:
             config=job.model,
             tokenizer_dir=job.tokenizer_dir,
             ranks=Ranks.open(),
+            trained_only=job.method.trained_only,
+            files=job.method.files(job),
         )
         self.console = Console(
             total_steps=job.length.total_steps,
@@ -287,6 +292,7 @@ class Run:
     def announce(self, how: str) -> None:
         """Show what is about to run; `how` says whether blocks are compiled."""
         job, length = self.job, self.job.length
+        total = length.total_steps * length.global_batch_size
         batch = f"{length.global_batch_size} x {length.seq_len} tokens"
         if job.micro_batch_size != length.global_batch_size:
             batch += f", {job.micro_batch_size} at a time"
@@ -299,11 +305,12 @@ class Run:
             {
                 "run": job.out_dir,
                 "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
+                **({"trained": job.method.name} if job.method.name else {}),
                 "device": f"{describe(job.device, job.precision)}, {how}",
                 **self._describe_mesh(),
                 "data": self._describe_data(),
                 **self._describe_packing(),
-                "tokens": f"{length.total_steps * length.step_tokens:,}",
+                "tokens": f"{job.train.num_tokens(0, total):,}",
                 "batch": batch,
                 "steps": steps,
                 "schedule": f"{job.cfg.train.schedule} from {job.lr:g} to {job.min_lr:g}",
@@ -365,8 +372,10 @@ class Run:
         """Count the step just made, and the time since the one before it, validation included."""
         now = time.monotonic()
         self.state.step += 1
-        self.state.samples += self.job.length.global_batch_size
-        self.state.tokens += self.job.length.step_tokens
+        batch = self.job.length.global_batch_size
+        self.step_tokens = self.job.train.num_tokens(self.state.samples, batch)
+        self.state.samples += batch
+        self.state.tokens += self.step_tokens
         self.state.train_time_s += now - self._last_step_s
         self._last_step_s = now
         self._agree()
@@ -439,6 +448,17 @@ class Run:
         self.checkpointer.save(self.state.step, model, optimizer, self._record())
         self._last_save_s = time.monotonic()
         self.last_saved_step = self.state.step
+
+    def load(self, path: Path) -> None:
+        """Put a checkpoint that was found to be good into model and optimizer."""
+        load_checkpoint(
+            path,
+            self.model,
+            self.optimizer,
+            verified=True,
+            ranks=self.ranks,
+            trained_only=self.job.method.trained_only,
+        )
 
     def _record(self) -> dict[str, Any]:
         return {

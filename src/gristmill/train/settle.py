@@ -8,23 +8,18 @@ Cheap checks come first, so that a mistake is found before a corpus is prepared.
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gristmill.config.commands import Pretrain
-from gristmill.config.data import DataModule, LitData, Mixture
+from gristmill.config.commands import Pretrain, Training
+from gristmill.config.data import DataModule, LitData, Mixture, RedPajama
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
 from gristmill.data.modules import open_datasets
 from gristmill.data.preparation.job import Executor
 from gristmill.data.reading.corpus import Corpus
-from gristmill.data.reading.stream import Batch, TokenStream
+from gristmill.data.reading.stream import TokenStream
 from gristmill.data.reading.training import document_mask, training_stream
 from gristmill.data.storage import is_url
 from gristmill.formats.model_dir import open_model_dir, read_config
@@ -33,49 +28,16 @@ from gristmill.models import counts, zoo
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.tokenizer import Tokenizer
-from gristmill.track.tracker import check_settings
+from gristmill.track.tracker import check_settings as check_trackers
 from gristmill.train import directory
-from gristmill.train.batch import TokenBatch
+from gristmill.train.job import Job, check_disk, learning_rates, micro_batch
 from gristmill.train.length import Length, plan_length, seconds
-from gristmill.train.memory import check_recompute, fit_memory
+from gristmill.train.memory import check_recompute
 from gristmill.train.ranges import check_ranges
 from gristmill.train.watching import check_watching
-from gristmill.util.errors import RunError, UserError
+from gristmill.util.errors import UserError
 from gristmill.util.named import load_named
 from gristmill.util.paths import resolve_model_dir
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training run, fully resolved; `cfg` keeps what the user typed."""
-
-    cfg: Pretrain
-    model: ModelConfig
-    device: torch.device
-    precision: str
-    tokenizer_dir: Path | None
-    train: TokenStream
-    source_names: tuple[str, ...]
-    val: TokenStream | None
-    val_bytes_per_token: float | None
-    val_sources: tuple[tuple[str, float | None], ...]
-    """Name and bytes per token of each source of the validation set."""
-    length: Length
-    micro_batch_size: int
-    recompute: str | float
-    document_mask: bool
-    lr: float
-    min_lr: float
-    out_dir: Path
-    identity: dict[str, Any]
-    going_on: bool
-    """Whether `out_dir` holds this very run."""
-    exportable: bool
-    """Whether `final/` can be written as a Hugging Face directory."""
-
-    def on_device(self, batch: Batch) -> TokenBatch:
-        """A batch of the stream as the model takes it."""
-        return TokenBatch.of(batch, self.device, document_mask=self.document_mask)
 
 
 def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
@@ -85,15 +47,13 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     """
     cfg = _weights_of_others(cfg)
     _refuse_what_is_not_there(cfg)
-    check_ranges(cfg)
-    check_watching(cfg)
-    check_recompute(cfg.recompute, cfg.compile)
+    check_settings(cfg)
     model = _model(cfg)
     check_config(model)
     _check_start(cfg, model)
     device = choose_device(cfg.device)
     precision = resolve_precision(cfg.precision, device)
-    lr, min_lr = _learning_rates(cfg)
+    lr, min_lr = learning_rates(cfg)
     tokenizer_dir = _tokenizer_dir(cfg)
     _check_vocabulary(model, tokenizer_dir)
     assert cfg.data is not None
@@ -101,8 +61,8 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     train_set, val_set = datasets.train_corpus(), datasets.val_corpus()
     tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
     model = _with_vocabulary(model, train_set, tokenizer_dir)
-    exportable = _exportable(cfg, model)
-    wanted = directory.identity(cfg, to_dict(model), train_set.dataset_id, precision)
+    exportable = is_exportable(model, refuse=not cfg.allow_unexportable)
+    wanted = _identity(cfg, model, train_set, precision)
     name = f"{model.name.lower()}-{_data_name(cfg.data, train_set)}"
     out_dir, record = directory.find(cfg, wanted, name)
     earlier = record.length if record else None
@@ -113,7 +73,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
         cfg.train, cfg.eval, seq_len=seq_len, num_samples=_epoch(train_set, train), earlier=earlier
     )
     train_set.check_epochs(train, length.total_steps * length.global_batch_size)
-    micro, recompute = _micro_batch(cfg, model, precision, length, record)
+    micro, recompute = micro_batch(cfg, model, precision, length, record)
     job = Job(
         cfg=cfg,
         model=model,
@@ -135,17 +95,14 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
         identity=wanted,
         going_on=record is not None,
         exportable=exportable,
+        start_dir=_start_dir(cfg),
     )
-    _check_disk(job)
+    check_disk(job)
     return job
 
 
-def _refuse_what_is_not_there(cfg: Pretrain) -> None:
-    if cfg.data is None:
-        raise UserError(
-            "no data to train on. Name a data module, for example "
-            "--data TextFiles --data.train_data_path FOLDER.",
-        )
+def check_settings(cfg: Training) -> None:
+    """Raise UserError for settings of any training that cannot work, whatever it trains."""
     if seconds(cfg.stall_timeout, "--stall_timeout") <= 0:
         raise UserError(
             f"--stall_timeout {cfg.stall_timeout} ends every run. Give a time, such as 10m.",
@@ -156,7 +113,23 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             f"--out_dir {cfg.out_dir} is an object store, and runs are written to a disk. Give a "
             "directory; `gristmill export` and your store's own tools copy what it holds."
         )
-    check_settings(cfg.logger_name, cfg.log)
+    check_trackers(cfg.logger_name, cfg.log)
+    if cfg.train.keep_last < 2:
+        raise UserError(
+            f"--train.keep_last {cfg.train.keep_last} leaves nothing to fall back to. Use 2.",
+            {"--train.keep_last": 2},
+        )
+    check_ranges(cfg)
+    check_watching(cfg)
+    check_recompute(cfg.recompute, cfg.compile)
+
+
+def _refuse_what_is_not_there(cfg: Pretrain) -> None:
+    if cfg.data is None:
+        raise UserError(
+            "no data to train on. Name a data module, for example "
+            "--data TextFiles --data.train_data_path FOLDER.",
+        )
     if cfg.initial_checkpoint_dir and cfg.resume not in ("auto", False):
         raise UserError(
             f"both --initial_checkpoint_dir {cfg.initial_checkpoint_dir} and --resume {cfg.resume} "
@@ -168,11 +141,6 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             "--train.packing best_fit puts unrelated documents into a row, and "
             "--train.document_mask false lets them look at each other. Leave out one of the two.",
             {"--train.document_mask": None},
-        )
-    if cfg.train.keep_last < 2:
-        raise UserError(
-            f"--train.keep_last {cfg.train.keep_last} leaves nothing to fall back to. Use 2.",
-            {"--train.keep_last": 2},
         )
 
 
@@ -218,6 +186,18 @@ def _check_start(cfg: Pretrain, model: ModelConfig) -> None:
             )
 
 
+def _identity(
+    cfg: Pretrain, model: ModelConfig, train_set: Corpus, precision: str
+) -> dict[str, Any]:
+    start = cfg.initial_checkpoint_dir
+    return directory.identity(cfg, to_dict(model), train_set.dataset_id, precision, start=start)
+
+
+def _start_dir(cfg: Pretrain) -> Path | None:
+    start = cfg.initial_checkpoint_dir
+    return None if start is None else Path(resolve_model_dir(start))
+
+
 def _shape(shape: tuple[int, ...] | None) -> str:
     return "absent" if shape is None else str(list(shape))
 
@@ -249,25 +229,11 @@ def _model(cfg: Pretrain) -> ModelConfig:
     return model
 
 
-def _learning_rates(cfg: Pretrain) -> tuple[float, float]:
-    lr = float(getattr(cfg.optimizer, "lr", 0.0))
-    if not lr > 0:
-        raise UserError(f"--optimizer.lr {lr} trains nothing. Use a value such as 0.001.")
-    if cfg.train.min_lr == "auto":
-        return lr, 0.1 * lr
-    if not 0 <= cfg.train.min_lr <= lr:
-        raise UserError(
-            f"min_lr={cfg.train.min_lr} is not between 0 and the peak learning rate {lr}.",
-            {"--train.min_lr": 0.1 * lr},
-        )
-    return lr, cfg.train.min_lr
-
-
 def _tokenizer_dir(cfg: Pretrain) -> Path | None:
     """The folder with the tokenizer's own files, wherever what was named keeps them."""
     if cfg.tokenizer_dir is not None:
         return Tokenizer.load(cfg.tokenizer_dir).path.parent
-    if isinstance(cfg.data, LitData | Mixture):
+    if isinstance(cfg.data, LitData | Mixture | RedPajama):
         return None
     if cfg.initial_checkpoint_dir is not None:
         return load_tokenizer(cfg.initial_checkpoint_dir).path.parent
@@ -312,12 +278,12 @@ def _with_vocabulary(
     )
 
 
-def _exportable(cfg: Pretrain, model: ModelConfig) -> bool:
+def is_exportable(model: ModelConfig, *, refuse: bool) -> bool:
     """Whether a Hugging Face architecture describes the model; refused before training if not."""
     try:
         zoo.family(model.family).to_hf_config(model)
     except UserError as error:
-        if not cfg.allow_unexportable:
+        if refuse:
             raise UserError(
                 f"{error} The run would end with a model that nothing else loads. Change the "
                 "model, or accept that with --allow_unexportable true.",
@@ -362,60 +328,7 @@ def _seq_len(cfg: Pretrain, model: ModelConfig, data: Corpus, earlier: Length | 
     return typed
 
 
-def _micro_batch(
-    cfg: Pretrain,
-    model: ModelConfig,
-    precision: str,
-    length: Length,
-    record: directory.Record | None,
-) -> tuple[int, str | float]:
-    """Samples per forward pass: typed, the earlier run's, or the most that pays and fits.
-
-    And the recomputation that they need.
-    """
-    typed = cfg.train.micro_batch_size
-    if typed != "auto" and typed < 1:
-        raise UserError(f"--train.micro_batch_size {typed} is not a positive whole number.")
-    given = record.micro_batch_size if record is not None else None
-    return fit_memory(
-        model,
-        seq_len=length.seq_len,
-        most=length.global_batch_size,
-        precision=precision,
-        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device)),
-        micro_batch=given if typed == "auto" else typed,
-        recompute=cfg.recompute,
-    )
-
-
-def _memory_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
 def _epoch(corpus: Corpus, stream: TokenStream) -> int:
     """Samples of a run that says nothing of its length: as many as there are, or may be read."""
     most = corpus.most_samples(stream)
     return stream.num_samples if most is None else max(1, min(most, stream.num_samples))
-
-
-def _check_disk(job: Job) -> None:
-    """Refuse a run whose checkpoints do not fit on the disk, before it starts."""
-    parameters = counts.num_parameters(job.model)
-    width = 2 if job.precision == "bf16-true" else 4
-    checkpoint = 3 * width * parameters
-    # One more than is kept, for the one being written, and the finished model.
-    needed = (job.cfg.train.keep_last + 1) * checkpoint + width * parameters
-    existing = job.out_dir
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    already = sum(p.stat().st_size for p in job.out_dir.rglob("*.safetensors"))
-    if needed > free + already:
-        raise RunError(
-            f"no space left for this run in {job.out_dir}: it needs {needed / 1e9:.1f} GB "
-            f"({job.cfg.train.keep_last} checkpoints of {checkpoint / 1e9:.2f} GB kept, one being "
-            f"written, and the model), {free / 1e9:.1f} GB are free. Free some, choose another "
-            "--out_dir, or keep fewer with --train.keep_last 2."
-        )

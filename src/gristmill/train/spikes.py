@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gristmill.config.sections import TrainArgs
+from gristmill.config.sections import StepArgs
 
 WINDOW, DEVIATIONS = 100, 6.0
 """What `--train.spike_window` and `--train.spike_deviations` are when they are not typed."""
@@ -13,7 +13,7 @@ SMALLEST = 0.01
 """A deviation is at least this share of the mean: losses that hardly move are not all spikes."""
 
 
-def most_loss(train: TrainArgs, losses: Sequence[float]) -> float:
+def most_loss(train: StepArgs, losses: Sequence[float]) -> float:
     """The largest loss of the next step that is no spike; infinite while too few are known.
 
     mean + k * deviation of the last `spike_window` losses that were no spikes themselves. It is
@@ -28,7 +28,7 @@ def most_loss(train: TrainArgs, losses: Sequence[float]) -> float:
     return mean + (train.spike_deviations or DEVIATIONS) * max(deviation, SMALLEST * abs(mean))
 
 
-def remember(train: TrainArgs, losses: list[float], loss: float) -> list[float]:
+def remember(train: StepArgs, losses: list[float], loss: float) -> list[float]:
     """The losses with one more; none where nobody looks at them."""
     if train.on_spike == "off":
         return []

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from gristmill.parallel.gradients import accumulate, clip, total_norm
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.batch import MicroBatch, TokenBatch
+from gristmill.train.job import Job
 from gristmill.train.profile import section
-from gristmill.train.settle import Job
 
 ALONE = Mesh()
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gristmill.models.counts import flops_per_token
 from gristmill.models.device import memory_bytes, peak_flops
+from gristmill.train.job import Job
 from gristmill.train.run import State
-from gristmill.train.settle import Job
 
 
 class Throughput:
@@ -17,9 +17,11 @@ class Throughput:
         self.flops_per_token = flops_per_token(job.model, job.length.seq_len)
         self.peak = peak_flops(job.device, job.precision)
 
-    def row(self, state: State, step_time_s: float, data_wait_s: float) -> dict[str, float]:
+    def row(
+        self, state: State, step_tokens: int, step_time_s: float, data_wait_s: float
+    ) -> dict[str, float]:
         """Speed and memory of the step just made; `mfu` is left out when the peak is unknown."""
-        tokens_per_s = self.job.length.step_tokens / step_time_s
+        tokens_per_s = step_tokens / step_time_s
         row = {
             "tokens_per_s": tokens_per_s,
             "step_time_s": step_time_s,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gristmill.parallel.mesh import Mesh
-from gristmill.train.settle import Job
+from gristmill.train.job import Job
 from gristmill.train.step import autocast
 
 

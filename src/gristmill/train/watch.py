@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gristmill.config.commands import Pretrain
+from gristmill.config.commands import Training
 from gristmill.models.decoder import Decoder
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.evaluation import Evaluation
@@ -120,7 +120,7 @@ class Watch:
             run.trackers.text(name, f"{prompt}|{text}", run.state.step)
 
 
-def _prompts(cfg: Pretrain) -> list[str]:
+def _prompts(cfg: Training) -> list[str]:
     typed = cfg.eval.sample_prompt
     if typed is None:
         return []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gristmill.config.commands import Pretrain
+from gristmill.config.commands import Training
 from gristmill.train.profile import window
 from gristmill.util.errors import UserError
 
 
-def check_watching(cfg: Pretrain) -> None:
+def check_watching(cfg: Training) -> None:
     """Raise UserError for settings of what looks at a run that contradict or lack each other."""
     window(cfg.profile, start_step=0, total_steps=1)
     given = cfg.eval

@@ -43,7 +43,7 @@ def test_unknown_option_lists_the_known(llm):
 
 def test_commands_take_a_dataclass_or_settings(monkeypatch):
     seen = []
-    monkeypatch.setattr("gristmill.launch.start.pretrain", seen.append)
+    monkeypatch.setattr("gristmill.launch.start.train", seen.append)
     monkeypatch.setattr("gristmill.data.prepare.prepare", seen.append)
     config = Pretrain(model_name="pythia-14m")
     gristmill.pretrain(config)

@@ -15,7 +15,7 @@ from gristmill.config.sections import Parallel
 from gristmill.launch import ray as launcher
 from gristmill.launch.elsewhere import settle_elsewhere
 from gristmill.launch.ray import ENDED, SETTINGS, SETTINGS_AGAIN, Crew, crew_of, raise_ending
-from gristmill.launch.start import pretrain
+from gristmill.launch.start import train
 from gristmill.util.errors import Interrupted, RunError, UserError
 from gristmill.util.reports import Report
 
@@ -63,13 +63,13 @@ def test_a_worker_takes_a_gpu_and_its_share_of_the_cpus():
 )
 def test_settings_that_cannot_work_are_refused(settings, says):
     with pytest.raises(UserError, match=says):
-        pretrain(Pretrain(**{"launcher": "ray", **settings}))
+        train(Pretrain(**{"launcher": "ray", **settings}))
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--launcher ray needs Ray.*gristmill\[ray\]") as caught:
-        pretrain(Pretrain(launcher="ray"))
+        train(Pretrain(launcher="ray"))
     assert caught.value.fix == {"--launcher": "local"}
 
 

@@ -55,6 +55,8 @@ class Batch:
     lengths: Int64s
     """Tokens that are there, int64 [rows]: seq_len + 1, or fewer in a packed row; 0 where not
     valid."""
+    targets: NDArray[np.bool_] | None = None
+    """Which tokens are learned to be written, bool [rows, seq_len + 1]; None: all."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,10 @@ class TokenStream:
             return [samples / self.num_samples] * len(self.datasets)
         taken = self.mixture.counts(samples)
         return [int(n) / int(all_) for n, all_ in zip(taken, self.source_samples(), strict=True)]
+
+    def num_tokens(self, samples: int, count: int) -> int:
+        """Tokens that are trained on in `count` samples, whichever they are."""
+        return count * self.seq_len
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on: equal fingerprints, equal streams."""

@@ -1,0 +1,162 @@
+"""A run with everything resolved: what the loop needs to know, whatever is trained on whatever."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from gristmill.config.commands import Training
+from gristmill.config.model import ModelConfig
+from gristmill.data.reading.pack import PackSummary
+from gristmill.data.reading.stream import Batch
+from gristmill.models import counts
+from gristmill.models.device import choose_device
+from gristmill.train.batch import TokenBatch
+from gristmill.train.directory import Record
+from gristmill.train.length import Length
+from gristmill.train.memory import fit_memory
+from gristmill.train.method import Method
+from gristmill.util.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class Samples(Protocol):
+    """What a run reads: a global order of samples, whose state is how many were consumed.
+
+    `data.reading.stream.TokenStream` is the one of pretraining. All ranks see the same order, and
+    get equally many rows of a batch.
+    """
+
+    seq_len: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one pass over the data."""
+
+    @property
+    def packing(self) -> list[PackSummary]:
+        """What packing makes of each source; empty where there is nothing to say."""
+
+    def source_samples(self) -> NDArray[np.int64]:
+        """Samples of each source."""
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often each source has been gone through after so many samples."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the order depends on: equal fingerprints, equal order."""
+
+    def num_tokens(self, samples: int, count: int) -> int:
+        """Tokens that are trained on in the `count` samples after the first `samples`."""
+
+    def batch(self, samples: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's rows of the global batch that follows `samples` consumed ones."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, fully resolved; `cfg` keeps what the user typed."""
+
+    cfg: Training
+    model: ModelConfig
+    device: torch.device
+    precision: str
+    tokenizer_dir: Path | None
+    train: Samples
+    source_names: tuple[str, ...]
+    val: Samples | None
+    val_bytes_per_token: float | None
+    val_sources: tuple[tuple[str, float | None], ...]
+    """Name and bytes per token of each source of the validation set."""
+    length: Length
+    micro_batch_size: int
+    recompute: str | float
+    document_mask: bool
+    lr: float
+    min_lr: float
+    out_dir: Path
+    identity: dict[str, Any]
+    going_on: bool
+    """Whether `out_dir` holds this very run."""
+    exportable: bool
+    """Whether `final/` can be written as a Hugging Face directory."""
+    start_dir: Path | None = None
+    """The model directory whose weights the run starts from; None: fresh ones."""
+    method: Method = field(default_factory=Method)
+    """What is trained of the model, and what the run leaves behind."""
+
+    def on_device(self, batch: Batch) -> TokenBatch:
+        """A batch of the stream as the model takes it."""
+        return TokenBatch.of(batch, self.device, document_mask=self.document_mask)
+
+
+def learning_rates(cfg: Training) -> tuple[float, float]:
+    """Peak and last learning rate. Raises UserError where they cannot be."""
+    lr = float(getattr(cfg.optimizer, "lr", 0.0))
+    if not lr > 0:
+        raise UserError(f"--optimizer.lr {lr} trains nothing. Use a value such as 0.001.")
+    if cfg.train.min_lr == "auto":
+        return lr, 0.1 * lr
+    if not 0 <= cfg.train.min_lr <= lr:
+        raise UserError(
+            f"min_lr={cfg.train.min_lr} is not between 0 and the peak learning rate {lr}.",
+            {"--train.min_lr": 0.1 * lr},
+        )
+    return lr, cfg.train.min_lr
+
+
+def micro_batch(
+    cfg: Training, model: ModelConfig, precision: str, length: Length, record: Record | None
+) -> tuple[int, str | float]:
+    """Samples per forward pass: typed, the earlier run's, or the most that pays and fits.
+
+    And the recomputation that they need.
+    """
+    typed = cfg.train.micro_batch_size
+    if typed != "auto" and typed < 1:
+        raise UserError(f"--train.micro_batch_size {typed} is not a positive whole number.")
+    given = record.micro_batch_size if record is not None else None
+    return fit_memory(
+        model,
+        seq_len=length.seq_len,
+        most=length.global_batch_size,
+        precision=precision,
+        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device)),
+        micro_batch=given if typed == "auto" else typed,
+        recompute=cfg.recompute,
+    )
+
+
+def _memory_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_disk(job: Job) -> None:
+    """Refuse a run whose checkpoints do not fit on the disk, before it starts."""
+    width = 2 if job.precision == "bf16-true" else 4
+    checkpoint = 3 * width * job.method.num_saved(job.model)
+    # One more than is kept, for the one being written, and the finished model.
+    model = width * counts.num_parameters(job.model)
+    needed = (job.cfg.train.keep_last + 1) * checkpoint + model
+    existing = job.out_dir
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    already = sum(p.stat().st_size for p in job.out_dir.rglob("*.safetensors"))
+    if needed > free + already:
+        raise RunError(
+            f"no space left for this run in {job.out_dir}: it needs {needed / 1e9:.1f} GB "
+            f"({job.cfg.train.keep_last} checkpoints of {checkpoint / 1e9:.2f} GB kept, one being "
+            f"written, and the model), {free / 1e9:.1f} GB are free. Free some, choose another "
+            "--out_dir, or keep fewer with --train.keep_last 2."
+        )
