@@ -163,6 +163,22 @@ class LitData(DataModule):
 
 
 @dataclass(kw_only=True)
+class RedPajama(DataModule):
+    """The sets of RedPajama as `gristmill prepare redpajama` wrote them, in lit-llama's shares."""
+
+    data_path: str = "data/redpajama"
+    """Folder of the prepared sets: arxiv, book, … or arxiv_sample, book_sample, …"""
+    val_data_path: str | None = None
+    """The same for validation; unset: what each set holds out, if anything."""
+    seed: int = 42
+    """Seed of the sample order."""
+    cache_dir: str | None = None
+    """Where chunks from object stores come to lie; unset: the user's cache."""
+    cache_gb: float | Literal["auto"] = "auto"
+    """Limit of that cache; auto: twice what is needed, at most most of the free disk."""
+
+
+@dataclass(kw_only=True)
 class MixtureSource:
     """One corpus of a mixture."""
 

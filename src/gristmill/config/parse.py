@@ -56,6 +56,9 @@ NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")
 CODE_SETTINGS = ("hook", "command")
 """Settings that name code to run; refused in a configuration that comes from a URL."""
 
+LENGTHS = ("--train.max_steps", "--train.max_tokens", "--train.epochs", "--train.max_time")
+"""Options that say how long a run is."""
+
 SECTIONS = ("data", "optimizer", "model_config", "train", "eval", "log", "parallel", "ray", "slurm")
 """Settings that hold settings."""
 
@@ -161,7 +164,30 @@ def normalise(
     if pending is not None:
         # `--data.help` alone is complete; any other option lacks its value and the parser says so.
         arguments.append(f"{pending}=true" if pending in flags else pending)
-    return _adopt_data_options(arguments)
+    return _adopt_data_options(_with_fitting_warmup(arguments))
+
+
+def _with_fitting_warmup(arguments: list[str]) -> list[str]:
+    """The arguments, a file's warm-up being left to `auto` where a shorter run is typed after it.
+
+    The file's warm-up fits the length that the file says; what is typed itself is never touched.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    typed = [given[name] for name in LENGTHS if name in given]
+    if not typed or "--train.lr_warmup_steps" in given:
+        return arguments
+    steps = given.get("--train.max_steps", "")
+    fitted = []
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        content = yaml.safe_load(value) if option == "--config" else None
+        train = content.get("train") if isinstance(content, dict) else None
+        if isinstance(train, dict) and isinstance(train.get("lr_warmup_steps"), int):
+            if not (len(typed) == 1 and steps.isdigit() and int(steps) > train["lr_warmup_steps"]):
+                del train["lr_warmup_steps"]
+                argument = f"--config={yaml.safe_dump(content, width=10**9)}"
+        fitted.append(argument)
+    return fitted
 
 
 def _adopt_data_options(arguments: list[str]) -> list[str]:
@@ -199,7 +225,7 @@ def _value(option: str, value: str) -> str:
         raise UserError(f"{option} is empty. Give it a value, or leave it out.")
     if option == "--config":
         return yaml.safe_dump(_adopt(load_recipe(value), from_url="://" in value), width=10**9)
-    if option == "--data" and Path(value).is_dir():
+    if option == "--data" and (Path(value).is_dir() or ("/" in value and "{" not in value)):
         return json.dumps({"class_path": "LitData", "init_args": {"data_path": value}})
     if option in ("--data", "--optimizer", "--data.help", "--optimizer.help"):
         return FOREIGN_CLASSES.get(value, value).replace(":", ".") if "{" not in value else value
@@ -210,6 +236,8 @@ def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
     """A configuration file's content in our words; LitGPT's files are taken as they are."""
     if from_url:
         _refuse_code(config)
+    if isinstance(path := config.pop("dataset_path", None), str):  # of the Ray guide's script
+        config["data"] = {"class_path": "LitData", "init_args": {"data_path": path}}
     for key in ("data", "optimizer"):
         section = config.get(key)
         if isinstance(section, str):

@@ -81,8 +81,12 @@ def _bundled(source: str) -> Path | None:
         name = name.rpartition(folder)[2]
     if "://" in name:
         return None
-    path = RECIPES_DIR / f"{name.removesuffix('.yaml')}.yaml"  # a name may have dots of its own
-    return path if path.is_file() and path.is_relative_to(RECIPES_DIR) else None
+    for folder in ("", "pretrain/"):
+        # A name may have dots of its own.
+        path = RECIPES_DIR / f"{folder}{name.removesuffix('.yaml')}.yaml"
+        if path.is_file() and path.is_relative_to(RECIPES_DIR):
+            return path
+    return None
 
 
 def _fetch(url: str) -> str:

@@ -18,19 +18,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gristmill.config.data import DataModule, LitData, Mixture, RawText, Records, TextFiles
+from gristmill.config.data import (
+    DataModule,
+    LitData,
+    Mixture,
+    RawText,
+    Records,
+    RedPajama,
+    TextFiles,
+)
 from gristmill.data.preparation import summary
 from gristmill.data.preparation.executors.local import available_cores
 from gristmill.data.preparation.job import Executor, Job, recipe_for
 from gristmill.data.preparation.plan import VERSION, Recipe, make_plan
 from gristmill.data.preparation.workspace import Workspace, datasets_in
 from gristmill.data.prepare import build
-from gristmill.data.raw import layouts
+from gristmill.data.raw import first_use, layouts
 from gristmill.data.raw.documents import Input
 from gristmill.data.raw.inputs import CACHE, list_inputs, root_of
 from gristmill.data.reading.corpus import CacheLimit, Corpus, LaterWeights, Part, name_of
 from gristmill.data.storage import Storage, is_url
-from gristmill.data.store import manifest
+from gristmill.data.store import manifest, packed
+from gristmill.data.store.dataset import Dataset
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_cache_dir
@@ -39,6 +48,17 @@ from gristmill.util.paths import user_cache_dir
 _SMALLEST_SPLIT_BYTES = 8192
 # Options that a training command spells with `--data.` before them.
 _OPTION = re.compile(r"--(pattern|text_field|separator|val_fraction|bos|eos|num_workers)\b")
+# Per cent of the tokens, as lit-llama's trainer has them, by the beginning of a set's name.
+_SHARES = {
+    "arxiv": 2.5,
+    "book": 4.5,
+    "c4": 15.0,
+    "common_crawl": 67.0,
+    "cc_": 67.0,
+    "github": 4.5,
+    "stackexchange": 2.0,
+    "wikipedia": 4.5,
+}
 # A folder of files is more mixed than a corpus: more of it may be something else than text.
 _MAX_REJECT_FRACTION = 0.01
 
@@ -86,6 +106,8 @@ def open_datasets(
         return _raw(data, tokenizer_dir, executor)
     if isinstance(data, LitData):
         return _prepared(data)
+    if isinstance(data, RedPajama):
+        return _redpajama(data)
     if isinstance(data, Mixture):
         return _mixture(data)
     own = getattr(data, "datasets", None)
@@ -165,6 +187,54 @@ def _mixture(data: Mixture) -> Datasets:
     return Datasets(tuple(train), tuple(val) or None, data.seed, tuple(later), limit)
 
 
+def _redpajama(data: RedPajama) -> Datasets:
+    train, val = _sets(data.data_path)
+    if data.val_data_path is not None:
+        val, _ = _sets(data.val_data_path)
+    limit = CacheLimit(data.cache_dir, data.cache_gb)
+    return Datasets(train, val or None, data.seed, limit=limit)
+
+
+def _sets(path: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """The prepared sets of RedPajama in a folder with their weights, and what they hold out.
+
+    Several crawls share the weight of common crawl by their tokens.
+    """
+    storage, layout = Storage(path), layouts.get("redpajama")
+    names = [*(layout.parts or {}), *(layout.sample_parts or {})]
+    sides = {
+        name: _sides(storage.at(name))
+        for name in names
+        if any(storage.exists(f"{name}/{index}index.json") for index in ("", "train/"))
+    }
+    if not sides:
+        raise _no_sets(path, storage)
+    tokens = {name: Dataset.open(train).num_tokens for name, (train, _) in sides.items()}
+    kinds = {name: next(k for k in _SHARES if name.startswith(k)) for name in sides}
+    parts = []
+    for name, (train, _) in sides.items():
+        together = sum(tokens[other] for other in sides if kinds[other] == kinds[name])
+        weight = round(_SHARES[kinds[name]] * tokens[name] / together, 2)
+        parts.append(Part(train, max(0.01, weight), name))
+    held = [dataclasses.replace(part, path=val) for part in parts if (val := sides[part.name][1])]
+    return tuple(parts), tuple(held)
+
+
+def _no_sets(path: str, storage: Storage) -> UserError:
+    if storage.is_local and packed.find(storage.path):
+        return UserError(
+            f"{path} holds lit-llama's packed files, which know nothing of documents. prepare the "
+            "text again with `gristmill prepare redpajama`, or turn them into a dataset: "
+            f"gristmill data import {path} --copy --output_dir NEW, then --data LitData "
+            "--data.data_path NEW."
+        )
+    return UserError(
+        f"{path} holds no prepared set of RedPajama ({', '.join(_SHARES)}, …). prepare them: "
+        "gristmill prepare redpajama --input_dir RAW --tokenizer_dir TOKENIZER "
+        f"--output_dir {path}"
+    )
+
+
 def _raw(data: RawText, tokenizer_dir: Path | None, executor: Executor | None) -> Datasets:
     if tokenizer_dir is None:
         raise UserError("raw text needs a tokenizer. name its directory with --tokenizer_dir.")
@@ -222,8 +292,10 @@ def _expanded(path: str) -> str:
 
 
 def _check_fetched(data: RawText, path: str) -> None:
-    """Raise UserError, with the command that fetches it, for a known corpus that is not there."""
+    """Fetch a known corpus that is not at the place of its own; elsewhere, raise UserError."""
     layout = layouts.get(data.layout)
+    if layout.fetch and path == getattr(type(data), "train_data_path", None):
+        first_use.fetch(layout, Path(path))
     if layout.fetch and not is_url(path) and not Path(path).exists():
         raise UserError(
             f"there is no {path}. name the corpus with --data.train_data_path, or fetch it: "
