@@ -1,0 +1,130 @@
+"""MkDocs' doors: pages made from the code, and links that lead out of `docs/`.
+
+Pages are written to be read where they lie, too, so their links are paths in the repository. Here a
+link to a file outside of `docs/` becomes one to a page of the site with the same content.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+import messages
+import options
+import tables
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+
+OUTSIDE = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
+"""Files of the repository that are pages of the site, and where."""
+
+LINK = re.compile(r"(\]\()([^()\s#]+)(#[^()\s]*)?(\))")
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
+
+
+COMMANDS = "reference/commands/"
+"""What stands in the navigation for the pages of all commands."""
+
+
+def on_config(config: Any) -> Any:
+    """The navigation with a page for each command."""
+    config["nav"] = _with_commands(config["nav"])
+    return config
+
+
+def _with_commands(nav: Any) -> Any:
+    if isinstance(nav, list):
+        return [_with_commands(item) for item in nav]
+    if isinstance(nav, dict):
+        return {title: _with_commands(item) for title, item in nav.items()}
+    if nav != COMMANDS:
+        return nav
+    pages = [
+        {names[0]: f"{COMMANDS}{slug}.md"}
+        for slug, (_, names) in options.pages_of_commands().items()
+    ]
+    return [f"{COMMANDS}index.md", *pages]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """The files of the site: those in `docs/`, those made from the code, those linked to."""
+    made = options.pages() | messages.pages() | tables.pages()
+    for place, text in made.items():
+        files.append(File.generated(config, place, content=text))
+    for path, place in OUTSIDE.items():
+        if place != "index.md":
+            files.append(File.generated(config, place, content=(ROOT / path).read_text("utf-8")))
+    for path in sorted(sources(files)):
+        files.append(File.generated(config, source_page(path), content=source(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The page with links to places in the repository turned into links within the site."""
+    here = posixpath.dirname(page.file.src_uri)
+
+    def turned(match: re.Match[str]) -> str:
+        place = place_of(page.file.src_uri, match[2])
+        if place is None:
+            return match[0]
+        return f"{match[1]}{posixpath.relpath(place, here or '.')}{match[3] or ''}{match[4]}"
+
+    return LINK.sub(turned, markdown)
+
+
+def repository_path(src_uri: str) -> str:
+    """Where in the repository the page of the site at `src_uri` is from."""
+    for path, place in OUTSIDE.items():
+        if place == src_uri and place != "index.md":
+            return path
+    return f"docs/{src_uri}"
+
+
+def place_of(src_uri: str, link: str) -> str | None:
+    """The page of the site that a link on the page `src_uri` means; None where it needs no change.
+
+    Links to pages made from the code are right as they are, and so are addresses.
+    """
+    if "://" in link or link.startswith(("mailto:", "/")):
+        return None
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(repository_path(src_uri)), link))
+    if path in OUTSIDE:
+        return OUTSIDE[path]
+    target = ROOT / path
+    if target.is_dir():
+        path, target = f"{path}/index.md", target / "index.md"
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return source_page(path) if target.is_file() else None
+
+
+def sources(files: Files) -> set[str]:
+    """Files of the repository that pages link to and that are no pages themselves."""
+    found = set()
+    for file in files.documentation_pages():
+        for match in LINK.finditer(file.content_string):
+            place = place_of(file.src_uri, match[2])
+            if place is not None and place.startswith("source/"):
+                found.add(place.removeprefix("source/").removesuffix(".md"))
+    return found
+
+
+def source_page(path: str) -> str:
+    """Where the site shows a file of the repository."""
+    return f"source/{path}.md"
+
+
+def source(path: str) -> str:
+    """The page that shows a file of the repository."""
+    language = LANGUAGES.get(Path(path).suffix, "text")
+    text = (ROOT / path).read_text(encoding="utf-8").rstrip()
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall(r"`+", text)), default=0))
+    return f"# {path}\n\n{fence}{language}\n{text}\n{fence}\n"
