@@ -144,6 +144,12 @@ COMMANDS = {
         ("checkpoint_dir",),
         "gristmill.evaluate.harness:names",
     ),
+    "serve": Command(
+        "gristmill.config.serve:Serve",
+        "gristmill.infer.serve.command:serve",
+        "a model behind the OpenAI API, for one person or a small team",
+        ("checkpoint_dir",),
+    ),
     "inspect": Command(
         "gristmill.config.commands:Inspect",
         "gristmill.infer.inspect:inspect",

@@ -47,7 +47,7 @@ FOREIGN_CLASSES = {
 FOREIGN_SETTINGS = {"data_path": "train_data_path", "val_split_fraction": "val_fraction"}
 """Settings of LitGPT's modules of raw text and what they are called here."""
 
-SECRETS = ("--access_token",)
+SECRETS = ("--access_token", "--api_key")
 """Options that a printed configuration leaves out."""
 
 NAMING = ("_dir", "_path", "_name", "layout", "resume", "hook", "config")

@@ -1,0 +1,215 @@
+"""The `serve` command: a model behind the OpenAI API, for one person or a small team."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from gristmill.config.serve import Serve
+from gristmill.infer.conversation import Conversation
+from gristmill.infer.load import LoadedModel, load, note, use_few_threads
+from gristmill.infer.serve import server
+from gristmill.infer.serve.app import Service, build_app, is_this_machine
+from gristmill.infer.serve.engine import Engine
+from gristmill.infer.serve.requests import Defaults, Limits, Reader
+from gristmill.models.decoding import check_sampling
+from gristmill.tokenizer.chat import render
+from gristmill.util.errors import Interrupted, UserError
+
+KEY_VARIABLE = "GRISTMILL_API_KEY"
+SHORTEST_KEY = 8
+
+
+def serve(cfg: Serve) -> None:
+    """Answer requests until Ctrl-C or SIGTERM, which ends gracefully; a second one ends at once.
+
+    Remarks and a line about each request go to stderr. Raises UserError for what cannot be served
+    before the model is loaded, where that can be known.
+    """
+    _check(cfg)
+    key = api_key(cfg)
+    with server.bind(cfg.host, cfg.port) as listener:
+        address = listener.getsockname()[0]
+        if key is None and not is_this_machine(address):
+            raise UserError(
+                f"other machines can reach --host {cfg.host}, so clients must send a key, and "
+                f"there is none. set one first: export {KEY_VARIABLE}=$(openssl rand -hex 16)"
+            )
+        loaded = load(cfg.checkpoint_dir, cfg.device, cfg.precision)
+        use_few_threads(loaded)
+        note(loaded.summary())
+        service = build_service(cfg, loaded, key)
+        engine = service.engine
+        app = build_app(service)
+        engine.start()
+
+        def ready() -> None:
+            note(_described(cfg, service, server.url(listener)))
+
+        forced_by = server.run(
+            app,
+            engine,
+            listener,
+            grace_s=cfg.grace_s,
+            # Streams, those that wait, and some that only ask how things are.
+            max_connections=max(256, 2 * (engine.rows + engine.queue_size)),
+            ready=ready,
+        )
+        if forced_by is not None:
+            raise Interrupted(forced_by, "Stopped at once; replies under way were cut.")
+        engine.stop()
+        note("Stopped.")
+
+
+def api_key(cfg: Serve) -> str | None:
+    """The key that clients must send: the option's, else the environment's, else None."""
+    key = cfg.api_key if cfg.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    if key is not None and (
+        len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key
+    ):
+        raise UserError(
+            f"the API key has {len(key)} characters or some that a header cannot hold. give at "
+            f"least {SHORTEST_KEY} letters and digits: export {KEY_VARIABLE}=$(openssl rand -hex "
+            "16)"
+        )
+    return key
+
+
+def build_service(cfg: Serve, loaded: LoadedModel, key: str | None) -> Service:
+    """Everything that answers requests, the engine not yet started."""
+    rows, max_length = batch_shape(cfg, loaded)
+    name = cfg.model_name or loaded.name
+    given = None if cfg.max_new_tokens == "auto" else cfg.max_new_tokens
+    tokenizer = loaded.tokenizer
+    conversation = Conversation(loaded, room=1)
+    reader = Reader(
+        model=name,
+        limits=Limits(
+            max_length=max_length,
+            num_ids=loaded.model.config.token_ids,
+            max_replies=rows + cfg.queue_size,
+        ),
+        defaults=Defaults(
+            max_new_tokens=given,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+        ),
+        stop_ids=frozenset(tokenizer.stop_ids),
+        chat_stop_ids=conversation.stop_ids,
+        prompt_ids=loaded.prompt_ids,
+        chat_ids=(lambda messages: _chat_ids(loaded, messages))
+        if conversation.has_template
+        else None,
+        decode=tokenizer.decode,
+    )
+    engine = Engine(
+        lambda: loaded.batch(rows, max_length),
+        tokenizer,
+        loaded.device,
+        rows=rows,
+        queue_size=cfg.queue_size,
+    )
+    return Service(
+        model=name,
+        engine=engine,
+        reader=reader,
+        host=cfg.host,
+        max_request_bytes=cfg.max_request_bytes,
+        api_key=key,
+    )
+
+
+def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
+    """How many replies are written at the same time, and how long prompt and reply may be."""
+    on_cpu = loaded.device.type == "cpu"
+    rows = (8 if on_cpu else 32) if cfg.batch_size == "auto" else cfg.batch_size
+    if cfg.max_length == "auto":
+        fits = int(_memory_bytes(loaded.device) / 4 / (rows * position_bytes(loaded)))
+        if fits < 2:
+            raise UserError(
+                f"the cache of {rows} replies does not fit into a quarter of the memory. write "
+                "fewer at a time: --batch_size 1",
+                {"--batch_size": 1},
+            )
+        return rows, min(loaded.limit, fits)
+    if not 2 <= cfg.max_length <= loaded.limit:
+        raise UserError(
+            f"--max_length {cfg.max_length} is not from 2 to the model's context "
+            f"({loaded.limit} tokens). leave it out for the longest that fits.",
+            {"--max_length": loaded.limit if cfg.max_length > 1 else None},
+        )
+    return rows, cfg.max_length
+
+
+def position_bytes(loaded: LoadedModel) -> int:
+    """Bytes that the key-value cache keeps of one token of one reply, at most."""
+    config = loaded.model.config
+    width = sum(heads * size for heads, size in config.cached_heads)
+    return config.num_layers * width * (4 if loaded.precision == "32-true" else 2)
+
+
+def _memory_bytes(device: torch.device) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def _chat_ids(loaded: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
+    tokenizer = loaded.tokenizer
+    assert tokenizer.chat_template is not None
+    text = render(
+        tokenizer.chat_template,
+        messages,
+        add_generation_prompt=True,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
+    return loaded.checked(tokenizer.encode(text, special=True))
+
+
+def _check(cfg: Serve) -> None:
+    """Raise UserError for options that mean nothing, and where packages are missing."""
+    missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"serving needs packages that are not installed ({', '.join(missing)}). Install them: "
+            "pip install 'gristmill[serve]'"
+        )
+    least = {
+        "batch_size": 1,
+        "queue_size": 0,
+        "max_request_bytes": 1000,
+        "grace_s": 0,
+    }
+    for name, low in least.items():
+        value = getattr(cfg, name)
+        if value != "auto" and value < low:
+            raise UserError(f"--{name} {value} is too small. give {low} or more.")
+    length = 1 if cfg.max_new_tokens == "auto" else cfg.max_new_tokens
+    check_sampling(length, cfg.temperature, cfg.top_k, cfg.top_p)
+
+
+def _described(cfg: Serve, service: Service, url: str) -> str:
+    engine, limits = service.engine, service.reader.limits
+    has_chat = service.reader.chat_ids is not None
+    key = "" if service.api_key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    asked = (
+        '"messages": [{"role": "user", "content": "Hello"}]'
+        if has_chat
+        else '"prompt": "Once upon a time"'
+    )
+    path = "chat/completions" if has_chat else "completions"
+    lines = [
+        f"Serving {service.model}: {engine.rows} replies at a time of up to {limits.max_length} "
+        f"tokens with their prompts, {engine.queue_size} more may wait; "
+        + ("clients need the key." if key else "no key, for this machine only."),
+        f"Listening on {url}/v1 (OpenAI API); Ctrl-C stops. For example:",
+        f"  curl {url}/v1/{path}{key} -H 'Content-Type: application/json' -d '{{{asked}}}'",
+    ]
+    if not has_chat:
+        lines.insert(1, "The model has no chat template: completions only.")
+    return "\n".join(lines)

@@ -1,0 +1,122 @@
+"""Listening: the socket, the web server in front of the application, and how both end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+from gristmill.infer.load import note
+from gristmill.infer.serve.app import ASGIApp
+from gristmill.infer.serve.engine import Engine
+from gristmill.util.errors import UserError
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with the address, not yet listening; raises UserError when it is not to be had."""
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port} is no port. give 1 to 65535, or 0 for a free one.")
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--host {host!r} is no address of this machine ({error}). give 127.0.0.1, or 0.0.0.0 "
+            "for all its addresses."
+        ) from None
+    listener = socket.socket(family, kind, proto)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise _unusable(host, port, error) from None
+    return listener
+
+
+def _unusable(host: str, port: int, error: OSError) -> UserError:
+    reason = (error.strerror or str(error)).lower()
+    if error.errno in (errno.EADDRINUSE, errno.EACCES):
+        other = 8000 if port < 1024 else min(port + 1, 65535)
+        return UserError(
+            f"port {port} of {host} cannot be listened on ({reason}). choose another with --port; "
+            "0 takes a free one.",
+            {"--port": other},
+        )
+    return UserError(
+        f"--host {host} cannot be listened on ({reason}). give 127.0.0.1, or 0.0.0.0 for all "
+        "addresses of this machine."
+    )
+
+
+def url(listener: socket.socket) -> str:
+    """The address as people type it."""
+    host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = socket.gethostname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    app: ASGIApp,
+    engine: Engine,
+    listener: socket.socket,
+    *,
+    grace_s: float,
+    max_connections: int,
+    ready: Callable[[], None],
+) -> int | None:
+    """Serve until SIGINT or SIGTERM; None after a graceful end, else the signal that cut it short.
+
+    The first signal takes nothing new in, gives up what waits, and leaves replies under way
+    `grace_s` seconds; the second ends at once. `ready` is called once clients can connect. Off the
+    main thread there are no signals. Raises ImportError where uvicorn is not installed.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        forced_by: int | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            ready()
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            # Without uvicorn's own: it would raise the signal again after a graceful end.
+            if self.should_exit:
+                self.force_exit, self.forced_by = True, sig
+            self.should_exit = True
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            engine.drain()
+            if engine.num_active:
+                note(
+                    f"Stopping: {engine.num_active} replies under way have {grace_s:g} s to end; "
+                    "Ctrl-C again ends at once."
+                )
+            loop = asyncio.get_running_loop()
+            late = loop.call_later(grace_s, lambda: loop.run_in_executor(None, engine.stop))
+            await super().shutdown(sockets)
+            late.cancel()
+
+    config = uvicorn.Config(
+        app,
+        # One line about each request is written by the application.
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        # The addresses of clients are not used, so nobody needs to be believed about them.
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        limit_concurrency=max_connections,
+        # A little longer than the engine takes to say goodbye.
+        timeout_graceful_shutdown=int(grace_s) + 5,
+    )
+    server = Server(config)
+    server.run(sockets=[listener])
+    return server.forced_by
