@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -32,12 +32,14 @@ def write(
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = MAX_SHARD_BYTES,
     extra_files: Mapping[str, str] | None = None,
+    write_more: Callable[[Path], None] | None = None,
 ) -> None:
     """Write `config.json`, safetensors, `generation_config.json` and tokenizer files to `out_dir`.
 
     tensors: parameter name -> full tensor, asked for one at a time; `dtype` unset keeps that of the
-    embedding. extra_files: name -> text of more files. The directory is built beside `out_dir` and
-    renamed, so that a visible one is complete; a directory in its place is replaced, so ask first.
+    embedding. extra_files: name -> text of more files; `write_more` may add others to the directory
+    that it is given. That is built beside `out_dir` and renamed, so that a visible one is complete;
+    a directory in its place is replaced, so ask first.
     Raises UserError when the architecture has no word for the model, RunError when writing fails.
     """
     out = Path(out_dir)
@@ -53,6 +55,8 @@ def write(
         write_companions(partial, config, words, tokenizer)
         for name, text in (extra_files or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
+        if write_more is not None:
+            write_more(partial)
 
 
 def write_companions(

@@ -55,7 +55,7 @@ def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) 
     if kind in ("bias", "selection_bias", "gate"):
         return torch.zeros(shape)
     if kind == "vectors":
-        return torch.empty(shape).normal_(generator=_generator(seed, name))
+        return torch.empty(shape).normal_(generator=generator_of(seed, name))
     assert kind == "weight", f"no initial value for the parameter {name}"
     if leaf.endswith("norm"):
         return torch.full(shape, 0.0 if config.norm_unit_offset else 1.0)
@@ -64,10 +64,10 @@ def initial_value(config: ModelConfig, name: str, shape: torch.Size, seed: int) 
     else:
         assert leaf in READERS, f"no initial value for the parameter {name}"
         std = STD
-    return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator_of(seed, name))
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator_of(seed: int, name: str) -> torch.Generator:
     """A CPU generator for one parameter: 63 bits of blake2b over seed and name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

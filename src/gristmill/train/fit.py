@@ -90,9 +90,8 @@ def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
     No rank ever holds the whole model. A checkpoint's weights come later.
     """
     with torch.device("meta"):
-        model: nn.Module = Decoder(job.model)
+        model: nn.Module = Decoder(job.model).to(weight_dtype(job.precision))
         job.method.adapt(model)
-    model.to(weight_dtype(job.precision))
     how = parallelize(
         model,
         mesh,
