@@ -14,7 +14,11 @@ FAMILIES = re.compile(
     r"|stablelm|deepseek|danube|starcoder2|nemotron)",
     re.IGNORECASE,
 )
-FREE = ("src/gristmill/models/zoo/", "src/gristmill/recipes/")
+FREE = (
+    "src/gristmill/models/zoo/",
+    "src/gristmill/recipes/",
+    "src/gristmill/config/scripts.py",  # files of other tools, by their names
+)
 # Exceptions, each with its reason.
 GGUF_WORDS = "a word that the GGUF format itself has for a kind of tokenizer"
 ALLOWED = {

@@ -19,10 +19,6 @@ from pathlib import Path
 VAL_FRACTION = "0.005"
 """Text that `optimize_dataset` holds out; the original holds out three files of ten."""
 
-RAY_ADDRESS = "RAY_ADDRESS"
-RAY_CLUSTER = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-"""Where Ray leaves the address of the cluster that a machine is part of."""
-
 
 @dataclass(frozen=True)
 class Script:
@@ -57,8 +53,9 @@ def _distributed_pretrain(given: set[str]) -> list[str]:
 
 
 def on_ray() -> bool:
-    """Whether this machine is part of a Ray cluster, as Ray itself tells."""
-    return bool(os.environ.get(RAY_ADDRESS)) or RAY_CLUSTER.is_file()
+    """Whether this machine is part of a Ray cluster: where Ray leaves that cluster's address."""
+    known = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
+    return bool(os.environ.get("RAY_ADDRESS")) or known.is_file()
 
 
 _WHOLE = {"--percentage": ("1", "1.0")}

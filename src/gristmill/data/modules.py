@@ -223,7 +223,7 @@ def _sets(path: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
 def _no_sets(path: str, storage: Storage) -> UserError:
     if storage.is_local and packed.find(storage.path):
         return UserError(
-            f"{path} holds lit-llama's packed files, which know nothing of documents. prepare the "
+            f"{path} holds packed files (LITPKDS), which know nothing of documents. prepare the "
             "text again with `gristmill prepare redpajama`, or turn them into a dataset: "
             f"gristmill data import {path} --copy --output_dir NEW, then --data LitData "
             "--data.data_path NEW."

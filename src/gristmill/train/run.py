@@ -305,6 +305,7 @@ class Run:
             {
                 "run": job.out_dir,
                 "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
+                "weights": f"of {job.start_dir}" if job.start_dir else "random at the start",
                 **({"trained": job.method.name} if job.method.name else {}),
                 "device": f"{describe(job.device, job.precision)}, {how}",
                 **self._describe_mesh(),

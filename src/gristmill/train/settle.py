@@ -22,6 +22,7 @@ from gristmill.data.reading.corpus import Corpus
 from gristmill.data.reading.stream import TokenStream
 from gristmill.data.reading.training import document_mask, training_stream
 from gristmill.data.storage import is_url
+from gristmill.formats.download import own_tokenizer
 from gristmill.formats.model_dir import open_model_dir, read_config
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.models import counts, zoo
@@ -47,6 +48,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     """
     cfg = _weights_of_others(cfg)
     _refuse_what_is_not_there(cfg)
+    cfg = _as_begun(cfg)
     check_settings(cfg)
     model = _model(cfg)
     check_config(model)
@@ -152,6 +154,8 @@ def _weights_of_others(cfg: Pretrain) -> Pretrain:
     if not isinstance(cfg.resume, str) or cfg.resume == "auto":
         return cfg
     place = resolve_model_dir(cfg.resume)
+    if place.is_dir() and not Path(cfg.resume).exists():
+        cfg = dataclasses.replace(cfg, resume=str(place))
     if any((place / name).exists() for name in ("checkpoint.json", directory.RUN_FILE)):
         return cfg
     try:
@@ -166,6 +170,21 @@ def _weights_of_others(cfg: Pretrain) -> Pretrain:
         file=sys.stderr,
     )
     return dataclasses.replace(cfg, resume="auto", initial_checkpoint_dir=str(source.path))
+
+
+def _as_begun(cfg: Pretrain) -> Pretrain:
+    """The settings, with the weights that the run in `out_dir` began with where none are named.
+
+    Leaving them out is no other run: other tools' commands that resume leave them out.
+    """
+    if cfg.out_dir is None or cfg.initial_checkpoint_dir or cfg.overwrite or cfg.resume is False:
+        return cfg
+    record = directory.read(Path(cfg.out_dir))
+    start = record.identity.get("initial_checkpoint_dir") if record else None
+    if start is None or isinstance(cfg.resume, str) and cfg.resume != "auto":
+        return cfg
+    print(f"{cfg.out_dir} began with the weights of {start}: going on with that run")
+    return dataclasses.replace(cfg, initial_checkpoint_dir=start)
 
 
 def _check_start(cfg: Pretrain, model: ModelConfig) -> None:
@@ -237,6 +256,8 @@ def _tokenizer_dir(cfg: Pretrain) -> Path | None:
         return None
     if cfg.initial_checkpoint_dir is not None:
         return load_tokenizer(cfg.initial_checkpoint_dir).path.parent
+    if cfg.model_name is not None and cfg.model_config is None and ":" not in cfg.model_name:
+        return own_tokenizer(cfg.model_name)
     raise UserError(
         "no tokenizer for the raw text. Give --tokenizer_dir DIR; "
         "`gristmill tokenizer train FOLDER --out_dir DIR` makes one."

@@ -15,9 +15,12 @@ def resolve_model_dir(path: str | os.PathLike[str]) -> Path:
 
     `~` is expanded. A relative path that does not exist, but does under `checkpoints/` (where
     tools of this field keep models), is that one: `EleutherAI/pythia-14m` is enough, and so is
-    `pythia-14m` or `checkpoints/pythia-14m` where one organisation's folder has it.
+    `pythia-14m` or `checkpoints/pythia-14m` where one organisation's folder has it. Other tools'
+    `step-00001000.pth` is the checkpoint of that step where it is a directory.
     """
     given = Path(path).expanduser()
+    if given.suffix == ".pth" and not given.exists() and given.with_suffix("").is_dir():
+        return given.with_suffix("")
     if given.is_absolute() or given.exists():
         return given
     parts = given.parts[given.parts[:1] == (DOWNLOADS,) :]

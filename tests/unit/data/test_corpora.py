@@ -170,7 +170,7 @@ def test_a_set_that_is_not_there_is_said(tmp_path, run_prepare, capsys):
 
 def test_training_reads_a_corpus_and_says_how_to_fetch_it(tmp_path, tokenizer_dir, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no data/openwebtext\..*gristmill download Skylion007/"):
+    with pytest.raises(UserError, match=r"no data/openwebtext, .*gristmill download Skylion007/"):
         open_datasets(OpenWebText(), tokenizer_dir)
     stories(tmp_path / "data/tinystories")
     found = open_datasets(TinyStories(val_fraction=0.0), tokenizer_dir)

@@ -31,10 +31,10 @@ def fetch(layout: Layout, path: Path) -> None:
     state = path / STATE
     if path.exists() and not (state / _MARK).exists() and _unpacked(layout, path):
         return
-    with _alone(state):
+    with alone(state):
         begun = (state / _MARK).exists()
         if begun or not any(item.name != STATE for item in path.iterdir()):
-            if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+            if is_offline():
                 raise UserError(
                     f"there is no {path}, and HF_HUB_OFFLINE is set. name the corpus with "
                     f"--data.train_data_path, or fetch it: {layout.fetch} "
@@ -83,9 +83,14 @@ def _unpack(archive: Path, path: Path) -> None:
         raise RunError(f"{archive} does not unpack ({error}). delete it, and try again.") from None
 
 
+def is_offline() -> bool:
+    """Whether the user has told the hub's tools to stay off the network."""
+    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
+
+
 @contextlib.contextmanager
-def _alone(state: Path) -> Iterator[None]:
-    """Wait until no other process of this command fetches, and let none begin."""
+def alone(state: Path) -> Iterator[None]:
+    """Wait until no other process fetches on first use into the folder, and let none begin."""
     try:
         state.mkdir(parents=True, exist_ok=True)
         handle = (state / f"{_MARK}.lock").open("w")
