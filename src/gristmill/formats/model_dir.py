@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
-from gristmill.formats import gguf, litgpt, peft
+from gristmill.formats import gguf, litgpt, peft, tuned
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.formats.source import AGAIN, ModelDir
 from gristmill.models import zoo
@@ -40,7 +40,9 @@ def open_model_dir(path: str | Path, model_name: str | None = None) -> ModelDir:
     if not found.exists():
         raise UserError(f"{found} does not exist. {how_to_get(path)}")
     place = _locate(found)
-    found_here = litgpt.find(place, model_name) or gguf.find(place) or _find(place)
+    found_here = (
+        _find_adapter(place) or litgpt.find(place, model_name) or gguf.find(place) or _find(place)
+    )
     if found_here is not None:
         return found_here
     what = "no model file" if found.is_file() else "no model directory"
@@ -96,8 +98,8 @@ def _fill(model: nn.Module | Mapping[str, nn.Parameter], source: ModelDir, put: 
 
 
 def _find_adapter(place: Path) -> ModelDir | None:
-    """An adapter in PEFT's layout, with its base; None where there is none."""
-    return peft.find(place, open_model_dir)
+    """An adapter, with its base: in PEFT's layout, or a checkpoint of ours that holds one."""
+    return peft.find(place, open_model_dir) or tuned.find(place, open_model_dir)
 
 
 def _find(place: Path) -> ModelDir | None:

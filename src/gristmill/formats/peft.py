@@ -24,7 +24,7 @@ from torch import Tensor
 from gristmill.config.model import AdaptionPrompt, ModelConfig
 from gristmill.formats.adapted import Change, LowRank, adapted
 from gristmill.formats.layouts import to_ours, to_theirs
-from gristmill.formats.safetensors_io import open_tensors
+from gristmill.formats.safetensors_io import open_tensors, write_file
 from gristmill.formats.source import AGAIN, Entry, ModelDir, Tensors
 from gristmill.models import zoo
 from gristmill.models.counts import Shapes, parameter_shapes
@@ -315,7 +315,7 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class LoraFiles:
+class AdapterFiles:
     """What `adapter_model.safetensors` and `adapter_config.json` hold."""
 
     tensors: dict[str, Tensor]
@@ -330,7 +330,7 @@ def lora_files(
     dropout: float,
     base: str,
     row_lengths: Callable[[str], Tensor] | None = None,
-) -> LoraFiles:
+) -> AdapterFiles:
     """The adapter of a model for PEFT, exactly: the same sums under Hugging Face's names.
 
     factors: by our names of matrices; all of one rank. `row_lengths(name)` gives the lengths of the
@@ -375,7 +375,7 @@ def lora_files(
         "init_lora_weights": True,
         "modules_to_save": None,
     }
-    return LoraFiles(tensors, settings)
+    return AdapterFiles(tensors, settings)
 
 
 def _joined(
@@ -467,7 +467,7 @@ def _shaped(files: Tensors, name: str, shape: tuple[int, ...]) -> Tensor:
     return tensor.reshape(shape)
 
 
-def prompt_files(config: ModelConfig, prompts: Mapping[str, Tensor], *, base: str) -> LoraFiles:
+def prompt_files(config: ModelConfig, prompts: Mapping[str, Tensor], *, base: str) -> AdapterFiles:
     """The adaption prompts of a model, by our names, for PEFT.
 
     Raises UserError where PEFT has none for the architecture, or would compute others.
@@ -493,7 +493,7 @@ def prompt_files(config: ModelConfig, prompts: Mapping[str, Tensor], *, base: st
         "adapter_layers": prompt.num_layers,
         "target_modules": table.module.rpartition(".")[2],
     }
-    return LoraFiles(tensors, settings)
+    return AdapterFiles(tensors, settings)
 
 
 def peft_lacks_prompts(config: ModelConfig) -> str | None:
@@ -506,3 +506,12 @@ def peft_lacks_prompts(config: ModelConfig) -> str | None:
     if config.attention_out_bias and family.adaption.projected:
         return "PEFT's adaption prompts would add the bias of the output projection twice."
     return None
+
+
+def write(directory: Path, files: AdapterFiles) -> None:
+    """Write `adapter_model.safetensors`, in fp32, and `adapter_config.json` to a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(files.tensors.items())}
+    write_file(directory / WEIGHTS, shapes, torch.float32, files.tensors.__getitem__)
+    text = json.dumps(files.settings, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
