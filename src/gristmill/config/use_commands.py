@@ -24,22 +24,46 @@ class Sampling:
     """Choose among tokens at least this many times as probable as the likeliest; 0: all."""
     repetition_penalty: float = 1.0
     """Above 1, tokens that were there already become less likely; 1 changes nothing."""
-    stop: list[str] | None = None
-    """Texts that end the reply when the model writes them; they are left out."""
+    stop: str | list[str] | None = None
+    """Text that ends the reply when the model writes it, or a list of them; it is left out."""
     seed: int = 1234
     """Seed of the choices."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The texts of `stop`."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 @dataclass(kw_only=True)
 class Generate(Sampling):
-    """Continue a prompt with a model."""
+    """Continue a prompt with a model, or many prompts from a file; without --prompt, one from a
+    pipe. `--prompt "…"` at the terminal shows the text as it is written."""
 
     checkpoint_dir: str | None = None
     """Model directory of any kind; the first word after the command."""
-    prompt: str = "What food do llamas eat?"
-    """Text to continue."""
+    tokenizer_dir: str | None = None
+    """Tokenizer to use; unset: the model's own."""
+    prompt: str | None = None
+    """Text to continue. Unset: what comes through a pipe, else a question about llamas."""
+    prompt_file: str | None = None
+    """Many prompts: one a line, or as JSON lines with `prompt` or `messages`; `-` is the input of
+    the command."""
+    system: str | None = None
+    """System prompt; the prompt is then a question in the model's chat template."""
+    chat: bool = False
+    """Put the prompt into the model's chat template, as a question, instead of continuing it."""
+    special_tokens: bool = False
+    """Read the text of special tokens in a prompt as these tokens, not as plain text."""
     num_samples: int = 1
-    """How many continuations to write."""
+    """How many texts to write for each prompt; number i is drawn with seed + i."""
+    batch_size: int | Auto = "auto"
+    """Texts written at once; auto: 1 for a single prompt, shown as it is written, else 8, on a
+    GPU 32."""
+    output: str | None = None
+    """File for the texts as JSON lines, or `-` to write these to the output of the command."""
+    overwrite: bool = False
+    """Replace the file of --output."""
     precision: Precision | Auto = "auto"
     """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -54,10 +78,14 @@ class Chat(Sampling):
 
     checkpoint_dir: str | None = None
     """Model directory of any kind; the first word after the command."""
+    tokenizer_dir: str | None = None
+    """Tokenizer to use, with its chat template; unset: the model's own."""
     system: str | None = None
     """System prompt, for models whose chat template has one."""
     multiline: bool = False
-    """Read prompts of several lines, ended by a line with a single dot."""
+    """Read prompts of several lines, ended by a line with a single dot (or !submit)."""
+    history: bool = True
+    """Keep prompts for the arrow keys of later chats, in the user's state directory."""
     precision: Precision | Auto = "auto"
     """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

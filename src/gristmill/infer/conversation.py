@@ -2,13 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from gristmill.infer.load import LoadedModel
-from gristmill.tokenizer.chat import render
+from gristmill.tokenizer.chat import encode_chat, render
 from gristmill.util.errors import UserError
 
-Message = dict[str, str]
+Message = Mapping[str, Any]
+
+
+def chat_ids(loaded: LoadedModel, messages: Sequence[Message]) -> list[int]:
+    """The ids after which the model's reply to the `messages` (role, content) begins.
+
+    The template writes BOS itself where the model wants it. Raises UserError where there is no
+    template, or it refuses the messages.
+    """
+    require_template(loaded, "messages")
+    return loaded.checked(encode_chat(loaded.tokenizer, messages, add_generation_prompt=True))
+
+
+def reply_stop_ids(loaded: LoadedModel) -> frozenset[int]:
+    """Ids that end a reply: the tokenizer's, and what its template puts behind a reply."""
+    tokenizer = loaded.tokenizer
+    stop = frozenset(tokenizer.stop_ids)
+    if tokenizer.chat_template is None:
+        return stop
+    mark = "0123456789"
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
+    behind = _rendered(loaded, turns, reply_next=False).partition(mark)[2].lstrip()
+    first = tokenizer.encode(behind, special=True)[:1]
+    # An ordinary token there (a line break, say) may well be part of a reply.
+    return stop if first == tokenizer.encode(behind)[:1] else stop | set(first)
+
+
+def require_template(loaded: LoadedModel, what: str) -> None:
+    """Raise UserError unless the model has a chat template, which `what` needs."""
+    if loaded.tokenizer.chat_template is None:
+        raise UserError(
+            f"{what} needs a chat template, and {loaded.name} has none. leave it out, or put a "
+            "chat_template.jinja into the model's directory."
+        )
+
+
+def check_system(loaded: LoadedModel, system: str) -> None:
+    """Raise UserError where the model's template has no place for a system prompt."""
+    require_template(loaded, "--system")
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
+    if system.strip() not in _rendered(loaded, turns, reply_next=True):
+        raise UserError(
+            f"the chat template of {loaded.name} has no place for a system prompt. "
+            "leave --system out, or make it part of the first prompt."
+        )
+
+
+def _rendered(loaded: LoadedModel, turns: Sequence[Message], *, reply_next: bool) -> str:
+    tokenizer = loaded.tokenizer
+    assert tokenizer.chat_template is not None
+    return render(
+        tokenizer.chat_template,
+        turns,
+        add_generation_prompt=reply_next,
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+    )
 
 
 class Conversation:
@@ -24,8 +82,8 @@ class Conversation:
         self._turns: list[Message] = []
         self._system: list[Message] = []
         if system is not None:
+            check_system(loaded, system)
             self._system = [{"role": "system", "content": system}]
-            self._check_system(system)
 
     @property
     def has_template(self) -> bool:
@@ -34,17 +92,8 @@ class Conversation:
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a reply: the tokenizer's, and what the template puts behind a reply."""
-        stop = frozenset(self._loaded.tokenizer.stop_ids)
-        if not self.has_template:
-            return stop
-        mark = "0123456789"
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": mark}]
-        behind = self._render(turns, reply_next=False).partition(mark)[2].lstrip()
-        tokenizer = self._loaded.tokenizer
-        first = tokenizer.encode(behind, special=True)[:1]
-        # An ordinary token there (a line break, say) may well be part of a reply.
-        return stop if first == tokenizer.encode(behind)[:1] else stop | set(first)
+        """Ids that end a reply."""
+        return reply_stop_ids(self._loaded)
 
     def ask(self, prompt: str) -> tuple[list[int], int]:
         """The ids to continue for the user's next turn, and how many old turns were forgotten.
@@ -75,31 +124,9 @@ class Conversation:
         if self.has_template:
             self._turns.append({"role": "assistant", "content": reply})
 
+    def clear(self) -> None:
+        """Forget all that was said; the system prompt stays."""
+        self._turns = []
+
     def _ids(self) -> list[int]:
-        text = self._render(self._turns, reply_next=True)
-        # The template writes BOS itself where the model wants it.
-        return self._loaded.checked(self._loaded.tokenizer.encode(text, special=True))
-
-    def _render(self, turns: list[Message], *, reply_next: bool) -> str:
-        tokenizer = self._loaded.tokenizer
-        assert tokenizer.chat_template is not None
-        return render(
-            tokenizer.chat_template,
-            self._system + turns,
-            add_generation_prompt=reply_next,
-            bos_token=tokenizer.bos_token,
-            eos_token=tokenizer.eos_token,
-        )
-
-    def _check_system(self, system: str) -> None:
-        if not self.has_template:
-            raise UserError(
-                f"--system needs a chat template, and {self._loaded.name} has none. leave "
-                "--system out, or put a chat_template.jinja into the model's directory."
-            )
-        turns = [{"role": "user", "content": "Hello"}]
-        if system.strip() not in self._render(turns, reply_next=True):
-            raise UserError(
-                f"the chat template of {self._loaded.name} has no place for a system prompt. "
-                "leave --system out, or make it part of the first prompt."
-            )
+        return chat_ids(self._loaded, [*self._system, *self._turns])

@@ -56,15 +56,17 @@ class LoadedModel:
         autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
         return Batch(self.model, rows, max_length or self.limit, autocast=autocast)
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of a text to continue.
+    def prompt_ids(self, prompt: str, *, special: bool = False) -> list[int]:
+        """The ids of a text to continue; with `special`, special tokens written in it are these.
 
         BOS comes first where the model was made with it, which its tokenizer's files say:
         `add_bos_token` in tokenizer_config.json, else what tokenizer.json puts around a text, else
         the custom of SentencePiece models (yes). An empty prompt is BOS, or else EOS, alone: the
         start of a document.
         """
-        ids = self.tokenizer.encode(prompt, bos=self.tokenizer.adds_bos)
+        ids = self.tokenizer.encode(prompt, special=special)
+        if self.tokenizer.adds_bos and ids[:1] != [self.tokenizer.bos_id]:
+            ids = [self.tokenizer.bos_id, *ids]
         if not ids:
             for start in (self.tokenizer.bos_id, self.tokenizer.eos_id):
                 if start is not None:

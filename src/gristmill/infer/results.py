@@ -1,0 +1,123 @@
+"""Texts as JSON lines in a file that appears when it is complete; what is begun goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gristmill.util.errors import RunError, UserError
+
+Place = tuple[int, int]
+"""Number of the prompt, and of the sample of it."""
+
+
+class ResultFile:
+    """Collects records beside the file `path`, and puts them there in order at the end.
+
+    What another command has collected there is not touched without `overwrite`; what the same
+    command (`job`: all that shapes its texts) has collected is kept, and `done` names it.
+    Raises UserError for a path that cannot be, RunError when writing fails.
+    """
+
+    def __init__(self, path: str, job: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.path = Path(path).expanduser()
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.done: set[Place] = set()
+        if self.path.is_dir():
+            raise UserError(f"--output {path} is a directory. name a file, such as texts.jsonl.")
+        if self.path.exists() and not overwrite:
+            raise UserError(
+                f"{path} exists. name another file, or replace it with --overwrite true.",
+                {"--overwrite": "true"},
+            )
+        text = json.dumps(job, sort_keys=True, default=str)
+        header = json.dumps({"job": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self._collected(header.encode(), overwrite)
+            self._file = self.partial.open("ab")
+            # A line that was cut off in the middle goes.
+            self._file.truncate(sum(map(len, lines)))
+            if not lines:
+                self._file.write(header.encode())
+                self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {path} ({error.strerror}). name a file in a folder of your own."
+            ) from error
+        self.done = {(index, sample) for index, sample, _ in map(json.loads, lines[1:])}
+
+    def _collected(self, header: bytes, overwrite: bool) -> list[bytes]:
+        """The lines that the same command has collected, the first being its header."""
+        if not self.partial.exists():
+            return []
+        lines = self.partial.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        if whole[:1] == [header]:
+            return whole
+        if whole and not overwrite:
+            raise UserError(
+                f"{self.partial} holds texts of another command, which has not ended. run that "
+                "again, name another file, or begin anew with --overwrite true.",
+                {"--overwrite": "true"},
+            )
+        return []
+
+    def __enter__(self) -> ResultFile:
+        """Collect."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Keep what was collected; without an error, it becomes the file."""
+        if kind is None:
+            self._finish()
+        else:
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+    def add(self, place: Place, record: Mapping[str, Any]) -> None:
+        """Keep one more record."""
+        line = json.dumps([*place, record], ensure_ascii=False) + "\n"
+        with self._writing():
+            self._file.write(line.encode("utf-8", "replace"))
+            self._file.flush()
+        self.done.add(place)
+
+    def _finish(self) -> None:
+        with self._writing():
+            self._file.close()
+            found = [json.loads(line) for line in self.partial.read_bytes().splitlines()[1:]]
+            found.sort(key=lambda item: (item[0], item[1]))
+            ordered = self.partial.with_name(self.partial.name + ".ordered")
+            with ordered.open("wb") as file:
+                file.writelines(to_line(record).encode() for _, _, record in found)
+                file.flush()
+                os.fsync(file.fileno())
+            ordered.replace(self.path)
+            self.partial.unlink()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Any:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.partial} ({error.strerror}). {len(self.done):,} texts are in "
+                "it; free some space, and the same command goes on."
+            ) from error
+
+
+def to_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON."""
+    return json.dumps(record, ensure_ascii=False) + "\n"
