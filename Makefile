@@ -20,7 +20,7 @@ export PYTHONNOUSERSITE := 1
 export PIP_USER := 0
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help quickstart env test check test-slow clean
+.PHONY: help quickstart env test check test-slow docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make test        environment with test tools, then every test that is not slow'
 	@echo 'make check       format, lint, types, layering rules and unit tests'
 	@echo 'make test-slow   the slow tests: kills, long runs, tutorials'
+	@echo 'make docs        the documentation as a site, in build/site'
 	@echo 'make env         the environment with test tools, and nothing else'
 	@echo 'make clean       remove the environment and what tools cached (out/ stays)'
 	@echo
@@ -53,6 +54,12 @@ test-slow: env
 	@code=0; $(SLOW) || code=$$?; \
 	if [ $$code -eq 5 ] && ! grep -rqE --include='test_*.py' 'mark\.slow' tests; then \
 	  echo 'no test is marked slow'; code=0; fi; exit $$code
+
+# The variable keeps quiet a notice of the theme about its successor.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo 'the documentation is in build/site: open build/site/index.html, or for its search'
+	@echo '$(BIN)/python -m http.server --directory build/site'
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist src/*.egg-info

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import re
+import shlex
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,10 +14,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 
-from gristmill.cli import COMMANDS, Command
-from gristmill.config.explain import CLASS_OPTIONS, subclasses
+from gristmill.cli import COMMANDS, SPELLINGS, Command
+from gristmill.config.data import DataModule
+from gristmill.config.explain import subclasses
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import ALIASES, FOREIGN_SETTINGS
+from gristmill.config.scripts import SCRIPTS, Script
 
 KINDS = {
     int: "a whole number",
@@ -157,6 +161,9 @@ def pages_of_commands() -> dict[str, tuple[Command, list[str]]]:
     found: dict[tuple[str, str], list[str]] = {}
     for name, command in COMMANDS.items():
         found.setdefault((command.config, command.run), []).append(name)
+    for other, name in SPELLINGS.items():
+        command = COMMANDS[name]
+        found[(command.config, command.run)].append(other)
     return {names[0].replace(" ", "-"): (COMMANDS[names[0]], names) for names in found.values()}
 
 
@@ -241,29 +248,33 @@ def _further(cls: type) -> str:
 
 def slug_of(base: type) -> str:
     """The page of the classes below `base`."""
-    return re.sub(r"(?<!^)(?=[A-Z])", "-", base.__name__).lower() + "s"
+    return _plural(base).replace(" ", "-")
 
 
 def option_of(base: type) -> str:
     """The option that chooses among the classes below `base`."""
-    return next((name for name, cls in CLASS_OPTIONS.items() if cls is base), f"--{base.__name__}")
+    return f"--{bases()[base]}"
 
 
 def title_of(base: type) -> str:
     """What the page of the classes below `base` is called."""
+    return f"`{option_of(base)}`: {_plural(base)}"
+
+
+def _plural(base: type) -> str:
     words = re.sub(r"(?<!^)(?=[A-Z])", " ", base.__name__).lower()
-    return f"`{option_of(base)}`: {words}s"
+    return words if words.endswith("data") else f"{words}s"
 
 
-def bases() -> list[type]:
-    """Every base class that an option of some command chooses among."""
-    found: dict[type, None] = {}
+def bases() -> dict[type, str]:
+    """Every base class that an option of some command chooses among, and the option's name."""
+    found: dict[type, str] = {}
     for command in COMMANDS.values():
-        for _, kind, _ in fields_of(load(command.config)):
+        for field, kind, _ in fields_of(load(command.config)):
             base = base_of(kind)
             if base is not None:
-                found[base] = None
-    return list(found)
+                found.setdefault(base, field.name)
+    return found
 
 
 def classes_page(base: type) -> str:
@@ -279,7 +290,7 @@ def classes_page(base: type) -> str:
         parts.append(listed(plain_options(cls, f"{prefix}."), anchor=f"{cls.__name__}."))
         nested = [s for _, kind, _ in fields_of(cls) for s in _sections_within(kind)]
         parts += [_nested(section) for section in dict.fromkeys(nested)]
-    if prefix == "data":
+    if base is DataModule:
         rows = [f"| `--data.{theirs}` | `--data.{ours}` |" for theirs, ours in _foreign().items()]
         parts.append(
             "## Other spellings\n\n| accepted too | means |\n|---|---|\n" + "\n".join(rows)
@@ -292,8 +303,6 @@ def _foreign() -> dict[str, str]:
 
 
 def _line(cls: type) -> int:
-    import inspect
-
     return inspect.getsourcelines(cls)[1]
 
 
@@ -346,8 +355,21 @@ def overview() -> str:
             "|---|---|",
             *rows,
             "",
+            "## Scripts of other tools",
+            "",
+            "Each is a command of its own name, with its options; what it stands for is said when "
+            "it runs. `scripts/NAME.py` is understood, too.",
+            "",
+            "| `gristmill …` | whose | is here |",
+            "|---|---|---|",
+            *(_script(name, script) for name, script in SCRIPTS.items()),
+            "",
         ]
     )
+
+
+def _script(name: str, script: Script) -> str:
+    return f"| `{name}` | {escape(script.origin)} | `gristmill {shlex.join(script.command)}` |"
 
 
 def pages() -> dict[str, str]:

@@ -41,7 +41,8 @@ def recipes_page() -> str:
     parts = [
         "# Recipes",
         "Settings of whole runs, shipped with gristmill: `--config NAME`. A URL or path in "
-        "LitGPT's `config_hub` means the recipe of the same name. Options after `--config` override it.",
+        "LitGPT's `config_hub` means the recipe of the same name. Options after `--config` "
+        "override it.",
     ]
     for name in recipes.names():
         text = (recipes.RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
