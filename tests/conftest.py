@@ -19,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Set the environment before anything of the package, or a tool it uses, is imported."""
     config.cache_home = tempfile.mkdtemp(prefix="gristmill-tests-")
     os.environ["XDG_CACHE_HOME"] = config.cache_home
+    os.environ["XDG_STATE_HOME"] = config.cache_home
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 
-from gristmill.config.use_commands import Chat
+from gristmill.config.use_commands import Chat, Sampling
 from gristmill.infer.conversation import Conversation
 from gristmill.infer.load import LoadedModel, cut_short, emit, load, note, speed, use_few_threads
 from gristmill.models.decoding import Context, check_sampling
 from gristmill.util.errors import UserError
+from gristmill.util.paths import user_state_dir
 
 LEAVE = ("!quit", "!exit")
-END_OF_LINES = "."
+FORGET = "!clear"
+ENDS_OF_LINES = (".", "!submit")
+HISTORY_LINES = 1000
 
 
 def chat(cfg: Chat) -> None:
     """Read prompts and stream replies until an empty prompt, `!quit`, `!exit` or the input's end.
 
     The conversation is on stdout, speed and remarks on stderr. Ctrl-C during a reply stops the
-    reply; at the prompt it leaves. Prompts may also come through a pipe, one a line.
+    reply; at the prompt it leaves. `!clear` begins a new conversation. Prompts may also come
+    through a pipe, one a line.
     """
-    check_sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p)
-    loaded = load(cfg.checkpoint_dir, cfg.device, cfg.precision)
+    s: Sampling = cfg
+    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    loaded = load(cfg.checkpoint_dir, cfg.device, cfg.precision, tokenizer_dir=cfg.tokenizer_dir)
     use_few_threads(loaded)
     note(loaded.summary())
     conversation = Conversation(loaded, cfg.system, room=cfg.max_new_tokens)
@@ -35,10 +43,17 @@ def chat(cfg: Chat) -> None:
         )
     context = loaded.context(compiled=cfg.compile == "auto")
     emit(f"Now chatting with {loaded.name}.\n{_how_to_leave(cfg.multiline)}\n")
+    with _line_editing(keep=cfg.history):
+        _talk(loaded, conversation, context, cfg)
+
+
+def _talk(loaded: LoadedModel, conversation: Conversation, context: Context, cfg: Chat) -> None:
     generator = loaded.generator(cfg.seed)
-    if sys.stdin.isatty():
-        _enable_line_editing()
     while (prompt := read_prompt(cfg.multiline)) is not None:
+        if prompt.strip() == FORGET:
+            conversation.clear()
+            note("Forgotten; a new conversation begins.")
+            continue
         try:
             ids, forgotten = conversation.ask(prompt)
         except UserError as error:
@@ -70,7 +85,7 @@ def read_prompt(multiline: bool) -> str | None:
             return None
         if not multiline:
             return line
-        if line.strip() == END_OF_LINES:
+        if line.strip() in ENDS_OF_LINES:
             return "\n".join(lines) or None
         lines.append(line)
 
@@ -103,7 +118,8 @@ def _reply(
     emit(">> Reply: ")
     try:
         # A reply behind a template starts a text of its own; a continuation goes on with one.
-        for piece in loaded.text(stream, after=() if conversation.has_template else ids):
+        after = () if conversation.has_template else ids
+        for piece in loaded.text(stream, after=after, stops=cfg.stops):
             pieces.append(piece)
             emit(piece)
     except KeyboardInterrupt:
@@ -118,13 +134,35 @@ def _reply(
 def _how_to_leave(multiline: bool) -> str:
     if multiline:
         return (
-            f"A prompt ends with a line that holds only '{END_OF_LINES}'.\n"
+            f"A prompt ends with a line that holds only '{ENDS_OF_LINES[0]}'.\n"
             "To exit, press 'Enter' on an empty prompt."
         )
     return "To exit, press 'Enter' on an empty prompt."
 
 
-def _enable_line_editing() -> None:
-    # Importing is what makes `input` edit lines and keep a history.
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
+@contextlib.contextmanager
+def _line_editing(*, keep: bool) -> Iterator[None]:
+    """Arrow keys while a terminal is read; with `keep`, over the prompts of earlier chats too."""
+    readline: ModuleType | None = None
+    if sys.stdin.isatty():
+        # Importing is what makes `input` edit lines.
+        with contextlib.suppress(ImportError):
+            import readline
+    if readline is None or not keep:
+        yield
+        return
+    file = user_state_dir() / "chat_history"
+    # The convenience may not stop a chat: a home without room or rights has no history.
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    known = readline.get_current_history_length()
+    try:
+        yield
+    finally:
+        new = readline.get_current_history_length() - known
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Prompts are nobody else's business.
+            os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+            readline.set_history_length(HISTORY_LINES)
+            readline.append_history_file(new, file)

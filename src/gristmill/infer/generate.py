@@ -187,9 +187,10 @@ def _stream(
 
 
 def _show_prompt(prompt: Prompt, task: Task) -> None:
-    """The prompt on stderr; a continuation follows it in the same line."""
+    """The prompt on stderr; on a terminal, a continuation follows it in the same line."""
     said = prompt.messages[-1]["content"] if prompt.messages else prompt.text
-    sys.stderr.write(f"{said}" if task.goes_on else f"{said}\n")
+    together = task.goes_on and sys.stdout.isatty()
+    sys.stderr.write(f"{said}" if together else f"{said}\n")
     sys.stderr.flush()
 
 

@@ -57,10 +57,20 @@ def how_to_get(path: str | os.PathLike[str]) -> str:
 
 
 def user_cache_dir() -> Path:
-    """The directory for what may be forgotten: in `XDG_CACHE_HOME` or the system's place for it."""
+    """The directory for what may be forgotten: in `XDG_CACHE_HOME` or the system's place."""
     root = os.environ.get("XDG_CACHE_HOME")
     if root:
         return Path(root) / "gristmill"
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "gristmill"
     return Path.home() / ".cache" / "gristmill"
+
+
+def user_state_dir() -> Path:
+    """The directory for what commands remember: in `XDG_STATE_HOME` or the system's place."""
+    root = os.environ.get("XDG_STATE_HOME")
+    if root:
+        return Path(root) / "gristmill"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "gristmill"
+    return Path.home() / ".local" / "state" / "gristmill"
