@@ -49,17 +49,17 @@ def serve(cfg: Serve) -> None:
         def ready() -> None:
             note(_described(cfg, service, server.url(listener)))
 
-        forced_by = server.run(
+        web = server.build_server(
             app,
             engine,
-            listener,
             grace_s=cfg.grace_s,
             # Streams, those that wait, and some that only ask how things are.
             max_connections=max(256, 2 * (engine.rows + engine.queue_size)),
             ready=ready,
         )
-        if forced_by is not None:
-            raise Interrupted(forced_by, "Stopped at once; replies under way were cut.")
+        web.run(sockets=[listener])
+        if web.forced_by is not None:
+            raise Interrupted(web.forced_by, "Stopped at once; replies under way were cut.")
         engine.stop()
         note("Stopped.")
 

@@ -1,8 +1,8 @@
 """What clients ask for, read from the API's JSON into what the engine is told.
 
 Every setting is honoured, or refused in words; none is passed over. The API is OpenAI's
-(https://platform.openai.com/docs/api-reference); `top_k`, `min_p` and `repetition_penalty` are
-spelled as other servers of open models spell them.
+(https://platform.openai.com/docs/api-reference); `top_k`, `min_p`, `repetition_penalty` and
+`ignore_eos` are spelled as other servers of open models spell them.
 """
 
 from __future__ import annotations
@@ -202,6 +202,9 @@ class Reader:
         seed = fields.whole("seed", None, low=-(2**63), high=2**63 - 1)
         if seed is None:
             seed = secrets.randbits(62)
+        stop_ids = self.chat_stop_ids if is_chat else self.stop_ids
+        if fields.flag("ignore_eos"):
+            stop_ids = frozenset()
         how: dict[str, Any] = {
             "temperature": fields.number("temperature", given.temperature, low=0, high=100),
             "top_k": None if top_k < 1 else top_k,
@@ -214,7 +217,7 @@ class Reader:
             "stops": _read_stops(fields.take("stop", None)),
             "num_logprobs": num_logprobs,
             "goes_on": not is_chat,
-            "stop_ids": self.chat_stop_ids if is_chat else self.stop_ids,
+            "stop_ids": stop_ids,
         }
         return [
             # Seeds wrap around where numbers do.

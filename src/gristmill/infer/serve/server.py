@@ -7,6 +7,7 @@ import errno
 import socket
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from gristmill.infer.load import note
 from gristmill.infer.serve.app import ASGIApp
@@ -60,20 +61,19 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(
+def build_server(
     app: ASGIApp,
     engine: Engine,
-    listener: socket.socket,
     *,
     grace_s: float,
     max_connections: int,
     ready: Callable[[], None],
-) -> int | None:
-    """Serve until SIGINT or SIGTERM; None after a graceful end, else the signal that cut it short.
+) -> Any:
+    """The web server: `run(sockets=[...])` serves until SIGINT or SIGTERM.
 
     The first signal takes nothing new in, gives up what waits, and leaves replies under way
-    `grace_s` seconds; the second ends at once. `ready` is called once clients can connect. Off the
-    main thread there are no signals. Raises ImportError where uvicorn is not installed.
+    `grace_s` seconds; the second, which `forced_by` then names, ends at once. `ready` is called
+    once clients can connect. Raises ImportError where uvicorn is not installed.
     """
     import uvicorn
 
@@ -117,6 +117,4 @@ def run(
         # A little longer than the engine takes to say goodbye.
         timeout_graceful_shutdown=int(grace_s) + 5,
     )
-    server = Server(config)
-    server.run(sockets=[listener])
-    return server.forced_by
+    return Server(config)
