@@ -6,12 +6,13 @@ gristmill.prepare(layout="textfiles", input_dir="books", output_dir="data/books"
 gristmill.pretrain(model_name="pythia-14m", data=TextFiles(train_data_path="books"), ...)
 llm = gristmill.LLM.load("out/run/final")
 print(llm.generate("Once upon a time", max_new_tokens=40))
+print(llm.chat("What food do llamas eat?"))
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, overload
 
@@ -46,23 +47,34 @@ def pretrain(config: Pretrain | None = None, **settings: Any) -> None:
 
 
 class LLM:
-    """A language model to write with: `LLM.load(path).generate(prompt)`."""
+    """A language model to write with: `LLM.load(path).generate(prompt)`.
+
+    Several texts may be under way at once, each with memory of its own.
+    """
 
     def __init__(self, loaded: Any) -> None:
         """Wrap an `infer.load.LoadedModel`."""
         self._loaded = loaded
-        self._context = loaded.context()
+        # Kept for the next text, which often begins as the last one did.
+        self._contexts: list[Any] = []
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> LLM:
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        precision: str = "auto",
+        *,
+        tokenizer_dir: str | Path | None = None,
+    ) -> LLM:
         """The model in a directory of any kind (`final/`, a checkpoint, a run, Hugging Face).
 
         `auto` precision is bf16-true where the device computes bf16, else 32-true. Raises
-        UserError when there is no model.
+        UserError when there is no model, or no tokenizer.
         """
         from gristmill.infer.load import load
 
-        return cls(load(path, device, precision))
+        return cls(load(path, device, precision, tokenizer_dir=tokenizer_dir))
 
     @property
     def model(self) -> Any:
@@ -89,19 +101,149 @@ class LLM:
         self, prompt: str, max_new_tokens: int = ..., *, stream: Literal[True], **options: Any
     ) -> Iterator[str]: ...
 
+    @overload
     def generate(
-        self, prompt: str, max_new_tokens: int = 50, *, stream: bool = False, **options: Any
-    ) -> str | Iterator[str]:
+        self,
+        prompt: Sequence[str],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        batch_size: int | Literal["auto"] = ...,
+        **options: Any,
+    ) -> list[str]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Sequence[str],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        batch_size: int | Literal["auto"] = ...,
+        **options: Any,
+    ) -> Iterator[tuple[int, str]]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 50,
+        *,
+        stream: bool = False,
+        batch_size: int | Literal["auto"] = "auto",
+        **options: Any,
+    ) -> str | list[str] | Iterator[str] | Iterator[tuple[int, str]]:
         """The text that continues `prompt`, or with `stream` an iterator of its pieces.
 
-        Options are those of `config.use_commands.Sampling`: temperature (0.8), top_k (50), top_p
-        (1.0) and seed (1234); the same seed gives the same text. One text at a time per object.
+        Of a list of prompts, the list of their texts, `batch_size` of them written at a time; with
+        `stream` an iterator of (number of the prompt, piece). Options are those of
+        `config.use_commands.Sampling`: temperature (0.8), top_k (50), top_p (1.0), min_p (0.0),
+        repetition_penalty (1.0), stop (a text or several that end it) and seed (1234); the same
+        seed gives a prompt the same text. Raises UserError for an option out of range and a prompt
+        that leaves no room in the model's context.
         """
         sampling = _configured(Sampling, None, {"max_new_tokens": max_new_tokens, **options})
-        ids = self._loaded.prompt_ids(prompt)
-        tokens = self._loaded.stream(ids, sampling, context=self._context)
-        pieces: Iterator[str] = self._loaded.text(tokens, after=ids)
+        if not isinstance(prompt, str):
+            pairs = self._write_all(list(prompt), sampling, batch_size)
+            return pairs if stream else _joined(pairs, len(prompt))
+        pieces = self._write(self._loaded.prompt_ids(prompt), sampling)
         return pieces if stream else "".join(pieces)
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[False] = ...,
+        **options: Any,
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        max_new_tokens: int = ...,
+        *,
+        stream: Literal[True],
+        **options: Any,
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        max_new_tokens: int = 50,
+        *,
+        stream: bool = False,
+        **options: Any,
+    ) -> str | Iterator[str]:
+        """The reply to a conversation, or with `stream` an iterator of its pieces.
+
+        `messages` are those of the model's chat template, each with a role and a content; one text
+        is a single question. Options as of `generate`. The caller keeps the conversation: append
+        the reply as `{"role": "assistant", "content": reply}` and ask again; what was read before
+        is not read anew. Raises UserError where the model has no chat template.
+        """
+        from gristmill.infer.conversation import chat_ids, reply_stop_ids
+        from gristmill.infer.prompts import is_conversation
+
+        sampling = _configured(Sampling, None, {"max_new_tokens": max_new_tokens, **options})
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if not is_conversation(messages):
+            raise UserError(
+                f"{messages!r} is no conversation. give a list such as "
+                '[{"role": "user", "content": "Hello"}].'
+            )
+        ids = chat_ids(self._loaded, messages)
+        pieces = self._write(ids, sampling, stop_ids=reply_stop_ids(self._loaded), goes_on=False)
+        return pieces if stream else "".join(pieces)
+
+    def _write(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        stop_ids: Collection[int] | None = None,
+        goes_on: bool = True,
+    ) -> Iterator[str]:
+        """The pieces of one text; mistakes are raised here and not at the first piece."""
+        try:
+            context = self._contexts.pop()
+        except IndexError:
+            context = self._loaded.context()
+        try:
+            tokens = self._loaded.stream(ids, sampling, stop_ids=stop_ids, context=context)
+        except UserError:
+            self._contexts.append(context)
+            raise
+
+        def pieces() -> Iterator[str]:
+            try:
+                after = ids if goes_on else ()
+                yield from self._loaded.text(tokens, after=after, stops=sampling.stops)
+            finally:
+                self._contexts.append(context)
+
+        return pieces()
+
+    def _write_all(
+        self, prompts: Sequence[str], sampling: Sampling, batch_size: int | str
+    ) -> Iterator[tuple[int, str]]:
+        """(number of the prompt, piece) of several texts."""
+        from gristmill.infer.many import Task, choose_rows, write_texts
+
+        tasks = [Task(self._loaded.prompt_ids(prompt), sampling.seed) for prompt in prompts]
+        rows = choose_rows(batch_size, len(tasks), self._loaded.device)
+        events = write_texts(self._loaded, tasks, sampling, rows=rows)
+        return ((number, event) for number, event in events if isinstance(event, str))
+
+
+def _joined(pairs: Iterator[tuple[int, str]], count: int) -> list[str]:
+    """The texts of (number, piece)."""
+    texts = [""] * count
+    for number, piece in pairs:
+        texts[number] += piece
+    return texts
 
 
 def _configured(kind: type[T], config: T | None, settings: dict[str, Any]) -> T:

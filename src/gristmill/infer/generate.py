@@ -21,7 +21,7 @@ from gristmill.infer.load import (
     speed,
     use_few_threads,
 )
-from gristmill.infer.many import Ending, Task, choose_rows, write_texts
+from gristmill.infer.many import Ending, Task, check_batch_size, choose_rows, write_texts
 from gristmill.infer.prompts import Prompt, read_prompts
 from gristmill.infer.results import Place, ResultFile, to_line
 from gristmill.models.decoding import Context, check_prompt, check_sampling, generate_tokens
@@ -68,12 +68,7 @@ def _check(cfg: Generate) -> None:
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
     if cfg.num_samples < 1:
         raise UserError(f"nothing to generate (num_samples {cfg.num_samples}). give 1 or more.")
-    if isinstance(cfg.batch_size, int) and cfg.batch_size < 1:
-        raise UserError(
-            f"no text can be written at a time (batch_size {cfg.batch_size}). give 1 or more, or "
-            "auto.",
-            {"--batch_size": "auto"},
-        )
+    check_batch_size(cfg.batch_size)
     if cfg.overwrite and cfg.output in (None, STDOUT):
         raise UserError("--overwrite true replaces the file of --output, which is not given.")
 

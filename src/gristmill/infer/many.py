@@ -10,8 +10,9 @@ import torch
 from gristmill.config.use_commands import Sampling
 from gristmill.infer.load import LoadedModel, TextDecoder
 from gristmill.models.batching import generate_batch
-from gristmill.models.decoding import check_prompt
+from gristmill.models.decoding import check_prompt, check_sampling
 from gristmill.tokenizer.tokenizer import Tokenizer
+from gristmill.util.errors import UserError
 
 ROWS_CPU, ROWS_GPU = 8, 32
 
@@ -36,8 +37,18 @@ class Task:
     goes_on: bool = True
 
 
+def check_batch_size(batch_size: int | str) -> None:
+    """Raise UserError for fewer than one text at a time."""
+    if isinstance(batch_size, int) and batch_size < 1:
+        raise UserError(
+            f"no text can be written at a time (batch_size {batch_size}). give 1 or more, or auto.",
+            {"--batch_size": "auto"},
+        )
+
+
 def choose_rows(batch_size: int | str, num_texts: int, device: torch.device) -> int:
     """How many texts are written at once."""
+    check_batch_size(batch_size)
     wanted = ROWS_CPU if device.type == "cpu" else ROWS_GPU
     return max(1, min(wanted if isinstance(batch_size, str) else batch_size, num_texts))
 
@@ -55,8 +66,23 @@ def write_texts(
     A text does not depend on those beside it, but for the rounding of what is computed together.
     Raises UserError for a prompt that is empty or leaves no room, before anything is written.
     """
-    for task in tasks:
-        check_prompt(task.ids, loaded.limit)
+    for number, task in enumerate(tasks):
+        try:
+            check_prompt(task.ids, loaded.limit)
+        except UserError as error:
+            raise UserError(f"prompt {number}: {error}") from error
+    s = sampling
+    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    return _write(loaded, tasks, sampling, rows, stop_ids)
+
+
+def _write(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    rows: int,
+    stop_ids: Collection[int] | None,
+) -> Iterator[tuple[int, str | Ending]]:
     if not tasks:
         return
     longest = max(len(task.ids) for task in tasks) + sampling.max_new_tokens
