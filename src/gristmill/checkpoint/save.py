@@ -171,8 +171,6 @@ class Checkpointer:
                 )
         config = json.dumps({"gristmill": 1, **asdict(self._config)}, indent=2)
         small = {"config.json": _write_small(target / "config.json", config.encode())}
-        for name, text in self._files.items():
-            small[name] = _write_small(target / name, text.encode())
         if self._tokenizer_dir is not None:
             (target / "tokenizer").mkdir()
             for name in TOKENIZER_FILES:
@@ -180,6 +178,10 @@ class Checkpointer:
                 if source.is_file():
                     copy = target / "tokenizer" / name
                     small[f"tokenizer/{name}"] = _write_small(copy, source.read_bytes())
+        for name, text in self._files.items():
+            (target / name).parent.mkdir(exist_ok=True)
+            small[name] = _write_small(target / name, text.encode())
+        if (target / "tokenizer").is_dir():
             store.sync_dir(target / "tokenizer")
         store.write_record(target, record, files | _checked(target, small))
         if target.name.endswith(store.REPLACEMENT_SUFFIX):

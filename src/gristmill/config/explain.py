@@ -9,13 +9,24 @@ from collections.abc import Sequence
 
 from gristmill.config.data import DataModule
 from gristmill.config.sections import Optimizer
+from gristmill.config.tuning_data import TuningData
 from gristmill.util.errors import UserError
 
 CLASS_OPTIONS: dict[str, type] = {"--data": DataModule, "--optimizer": Optimizer}
 """Options whose value is the name of a class, with the base of those classes."""
 
+BASES = ("RawText", "Records", "HubRecords")
+"""Classes that others derive from, and nobody chooses."""
+
 ELSEWHERE = {
     "--parallel.pipeline": "There is no pipeline parallel yet: use --parallel.shard and tensor.",
+    "--data.ignore_index": "Leave it out: what is masked counts nothing, whatever marks it.",
+    "--data.num_workers": "Leave it out: records are encoded once, before training.",
+    "--access_token": "Set HF_TOKEN in the environment; an option would be written down.",
+    "--data.access_token": "Set HF_TOKEN in the environment; an option would be written down.",
+    "--eval.max_new_tokens": "--eval.sample_prompt and --eval.sample_tokens show what is written.",
+    "--eval.evaluate_example": "--eval.sample_prompt shows what the model writes.",
+    "--quantize": "Training on quantised weights is not there: leave it out.",
     "--percentage": "Choose files by --pattern, or take a small slice by --fast_dev_run true.",
     "--convert_checkpoint": "Nothing needs converting here: leave it out.",
     "--dtype": "Leave it out: weights stay as they come, and --precision of a command reads them.",
@@ -50,6 +61,8 @@ def explain(text: str, options: Sequence[str], prog: str) -> UserError:
     if not keys:
         return UserError(f"{' '.join(text.split())}. See `{prog} --help`.")
     base = CLASS_OPTIONS.get(f"--{keys[0]}")
+    if base is DataModule and " finetune" in prog:
+        base = TuningData
     option = "--" + ".".join(keys)
     if base is not None and len(keys) == 1:
         return _bad_class(text, option, base, prog)
@@ -81,7 +94,7 @@ def subclasses(cls: type) -> set[type]:
 def _bad_class(text: str, option: str, base: type, prog: str) -> UserError:
     """A class option that names no class, or options that its class does not have."""
     classes = {c.__name__: c for c in subclasses(base) if dataclasses.is_dataclass(c)}
-    names = sorted(name for name in classes if name not in ("RawText", "Records"))
+    names = sorted(name for name in classes if name not in BASES)
     named = re.search(r"class_path '([^']+)'", text)
     refused = re.search(r"Option '([^']+)' is not accepted", text)
     if refused and named:

@@ -18,8 +18,8 @@ class TuneArgs(StepArgs):
     max_tokens: int | Auto = "auto"
     """Stop after this many tokens; auto: as epochs or max_steps say."""
     epochs: float | None = None
-    """Stop after this many passes over the records; unset: 3, unless max_steps, max_tokens or
-    max_time say how long."""
+    """Stop after this many passes over the records; unset: 3, unless max_steps or max_tokens
+    say how long."""
     global_batch_size: int | Auto = "auto"
     """Records per optimizer step over all devices; auto: 16, fewer where there are few."""
     micro_batch_size: int | Auto = "auto"

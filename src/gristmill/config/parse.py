@@ -19,6 +19,7 @@ from gristmill.config.data import DataModule, RawText
 from gristmill.config.explain import explain, subclasses
 from gristmill.config.recipes import load_recipe
 from gristmill.config.sections import Optimizer
+from gristmill.config.tuning_data import TuningData
 from gristmill.util.errors import UserError
 
 T = TypeVar("T")
@@ -41,11 +42,25 @@ FOREIGN_CLASSES = {
     "torch.optim.adamw.AdamW": "AdamW",
     **{f"litgpt.data.{name}": name for name in ("TextFiles", "LitData", "OpenWebText")},
     "litgpt.data.TinyStories": "TinyStories",
+    **{f"litgpt.data.{name}": name for name in ("JSON", "Alpaca", "Alpaca2k", "AlpacaGPT4")},
+    **{f"litgpt.data.{name}": name for name in ("Dolly", "LIMA", "FLAN", "Deita", "LongForm")},
 }
 """Class paths in LitGPT's configuration files and what they are called here."""
 
-FOREIGN_SETTINGS = {"data_path": "train_data_path", "val_split_fraction": "val_fraction"}
-"""Settings of LitGPT's modules of raw text and what they are called here."""
+FOREIGN_SETTINGS: dict[type, dict[str, str]] = {
+    RawText: {"data_path": "train_data_path", "val_split_fraction": "val_fraction"},
+    TuningData: {"val_split_fraction": "val_fraction"},
+}
+"""Settings of LitGPT's modules and what they are called here, by the base of ours."""
+
+WITHOUT_LIKE = {
+    "data": ("ignore_index", "num_workers"),
+    "eval": ("max_new_tokens", "evaluate_example"),
+}
+"""Settings in LitGPT's files of finetuning that change nothing that is learned."""
+
+CHOSEN = (DataModule, TuningData, Optimizer)
+"""Bases of the settings whose value is a class."""
 
 SECRETS = ("--access_token", "--api_key")
 """Options that a printed configuration leaves out."""
@@ -177,21 +192,22 @@ def _with_fitting_warmup(arguments: list[str]) -> list[str]:
     if not typed or "--train.lr_warmup_steps" in given:
         return arguments
     steps = given.get("--train.max_steps", "")
+    most = int(steps) - 1 if len(typed) == 1 and steps.isdigit() else -1
     fitted = []
     for argument in arguments:
         option, _, value = argument.partition("=")
         content = yaml.safe_load(value) if option == "--config" else None
         train = content.get("train") if isinstance(content, dict) else None
-        if isinstance(train, dict) and isinstance(train.get("lr_warmup_steps"), int):
-            if not (len(typed) == 1 and steps.isdigit() and int(steps) > train["lr_warmup_steps"]):
-                del train["lr_warmup_steps"]
-                argument = f"--config={yaml.safe_dump(content, width=10**9)}"
+        warmup = train.get("lr_warmup_steps") if isinstance(train, dict) else None
+        if isinstance(train, dict) and isinstance(warmup, int) and warmup > most:
+            del train["lr_warmup_steps"]
+            argument = f"--config={yaml.safe_dump(content, width=10**9)}"
         fitted.append(argument)
     return fitted
 
 
 def _adopt_data_options(arguments: list[str]) -> list[str]:
-    """The arguments with the options of LitGPT's modules of raw text as they are called here."""
+    """The arguments with the options of LitGPT's modules as they are called here."""
     module = ""
     for argument in arguments:
         option, _, value = argument.partition("=")
@@ -201,22 +217,28 @@ def _adopt_data_options(arguments: list[str]) -> list[str]:
         elif option == "--config":
             given = yaml.safe_load(value).get("data")
             module = given.get("class_path", "") if isinstance(given, dict) else module
-    if not _is_raw_text(module):
+    theirs = _foreign_settings(module)
+    if not theirs:
         return arguments
     adopted = []
     for argument in arguments:
         option, equals, value = argument.partition("=")
         setting = option.removeprefix("--data.")
-        if option.startswith("--data.") and setting in FOREIGN_SETTINGS:
-            option = f"--data.{FOREIGN_SETTINGS[setting]}"
+        if option.startswith("--data.") and setting in theirs:
+            option = f"--data.{theirs[setting]}"
         adopted.append(f"{option}{equals}{value}")
     return adopted
 
 
-def _is_raw_text(class_path: str) -> bool:
-    """Whether it names one of our modules of raw text."""
-    name = class_path.removeprefix("gristmill.config.data.")
-    return name in {cls.__name__ for cls in subclasses(RawText)}
+def _foreign_settings(class_path: str) -> dict[str, str]:
+    """What settings of a data module are called elsewhere, and here; empty for a user's own."""
+    name = FOREIGN_CLASSES.get(class_path, class_path)
+    for package in ("gristmill.config.data.", "gristmill.config.tuning_data."):
+        name = name.removeprefix(package)
+    for base, settings in FOREIGN_SETTINGS.items():
+        if name in {cls.__name__ for cls in subclasses(base)}:
+            return settings
+    return {}
 
 
 def _value(option: str, value: str) -> str:
@@ -245,10 +267,28 @@ def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
         elif isinstance(section, dict) and "class_path" in section:
             name = str(section["class_path"])
             section["class_path"] = FOREIGN_CLASSES.get(name, name).replace(":", ".")
-            init = section.get("init_args")
-            if _is_raw_text(section["class_path"]) and isinstance(init, dict):
-                section["init_args"] = {FOREIGN_SETTINGS.get(k, k): v for k, v in init.items()}
+            init, theirs = section.get("init_args"), _foreign_settings(section["class_path"])
+            if theirs and isinstance(init, dict):
+                section["init_args"] = {theirs.get(k, k): v for k, v in init.items()}
+            if name.startswith("litgpt.data."):
+                _leave_out(config)
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _leave_out(config: dict[str, Any]) -> None:
+    """Take out of another tool's file what has no like here and changes nothing that is learned.
+
+    It also writes down what it leaves unset.
+    """
+    data, evaluation = config["data"].get("init_args"), config.get("eval")
+    for section, names in ((data, WITHOUT_LIKE["data"]), (evaluation, WITHOUT_LIKE["eval"])):
+        for name in names if isinstance(section, dict) else ():
+            section.pop(name, None)
+    for name in ("train", "eval"):
+        section = config.get(name)
+        if isinstance(section, dict):
+            # Of these only max_norm says something when it is null.
+            config[name] = {k: v for k, v in section.items() if v is not None or k == "max_norm"}
 
 
 def _refuse_code(config: dict[str, Any]) -> None:
@@ -278,7 +318,7 @@ def _entries(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _is_ours(class_path: str) -> bool:
-    known = {cls.__name__ for cls in subclasses(DataModule) | subclasses(Optimizer)}
+    known = {cls.__name__ for base in CHOSEN for cls in subclasses(base)}
     package, _, name = class_path.rpartition(".")
     ours = not package or package.startswith("gristmill.config.") or package == "gristmill.config"
     return class_path in FOREIGN_CLASSES or (ours and name in known)
@@ -290,7 +330,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (DataModule, Optimizer)):
+    if isinstance(value, CHOSEN):
         kind = type(value)
         init = to_dict(value) if dataclasses.is_dataclass(value) else dict(vars(value))
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": init}

@@ -87,6 +87,7 @@ def _write_final(run: Run, model: nn.Module, saved: Path) -> None:
         TRAINING_FILE: json.dumps(
             {"gristmill": __version__, "step": run.state.step, "tokens": run.state.tokens}
         ),
+        **run.job.tokenizer_files,
     }
     run.job.method.write(run.job, weights, run.job.out_dir / FINAL, files)
 

@@ -92,6 +92,10 @@ class Job:
     """The model directory whose weights the run starts from; None: fresh ones."""
     method: Method = field(default_factory=Method)
     """What is trained of the model, and what the run leaves behind."""
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    """Texts of files that replace some of the tokenizer's, by name."""
+    about: dict[str, str] = field(default_factory=dict)
+    """Lines for the beginning of a run, in the place of those of the same name."""
 
     def on_device(self, batch: Batch) -> TokenBatch:
         """A batch of the stream as the model takes it."""
@@ -114,11 +118,19 @@ def learning_rates(cfg: Training) -> tuple[float, float]:
 
 
 def micro_batch(
-    cfg: Training, model: ModelConfig, precision: str, length: Length, record: Record | None
+    cfg: Training,
+    model: ModelConfig,
+    precision: str,
+    length: Length,
+    record: Record | None,
+    *,
+    rows: int | None = None,
+    spare_bytes: float = 0.0,
 ) -> tuple[int, str | float]:
     """Samples per forward pass: typed, the earlier run's, or the most that pays and fits.
 
-    And the recomputation that they need.
+    And the recomputation that they need. `rows`: as many as a batch has where samples share them;
+    `spare_bytes`: how much less than training the whole model takes is kept.
     """
     typed = cfg.train.micro_batch_size
     if typed != "auto" and typed < 1:
@@ -127,9 +139,9 @@ def micro_batch(
     return fit_memory(
         model,
         seq_len=length.seq_len,
-        most=length.global_batch_size,
+        most=rows or length.global_batch_size,
         precision=precision,
-        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device)),
+        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device)) + spare_bytes,
         micro_batch=given if typed == "auto" else typed,
         recompute=cfg.recompute,
     )

@@ -245,7 +245,8 @@ class Run:
             tokenizer_dir=job.tokenizer_dir,
             ranks=Ranks.open(),
             trained_only=job.method.trained_only,
-            files=job.method.files(job),
+            files=job.method.files(job)
+            | {f"tokenizer/{name}": text for name, text in job.tokenizer_files.items()},
         )
         self.console = Console(
             total_steps=job.length.total_steps,
@@ -316,6 +317,7 @@ class Run:
                 "steps": steps,
                 "schedule": f"{job.cfg.train.schedule} from {job.lr:g} to {job.min_lr:g}",
             }
+            | job.about
         )
 
     def _describe_mesh(self) -> dict[str, str]:

@@ -1,0 +1,178 @@
+"""Conversations as token ids, and which of them are learned."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gristmill.finetune.records import Conversation
+from gristmill.tokenizer.chat import encode_chat
+from gristmill.tokenizer.tokenizer import Tokenizer
+from gristmill.util.errors import UserError
+from gristmill.util.paths import user_cache_dir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+VERSION = 1
+"""Of the way from conversations to ids; part of what an encoded set is known by."""
+WORTH_KEEPING_S = 2.0
+"""Encodings that took longer are kept for the next start, and for the other processes."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Encoded conversations, one after another."""
+
+    tokens: NDArray[np.int32]
+    """Token ids, int32 [tokens]."""
+    learned: NDArray[np.bool_]
+    """Which tokens the model learns to write, bool [tokens]."""
+    starts: NDArray[np.int64]
+    """Where each conversation begins, and the end of the last, int64 [conversations + 1]."""
+    digest: str
+    """What tells this set apart from others: of records, template and tokenizer."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each conversation, int64 [conversations]."""
+        return np.diff(self.starts)
+
+    def cut(self, width: int) -> Examples:
+        """The same with at most `width` tokens each, without those in which nothing is left to
+        learn: the first token is nobody's target."""
+        kept_tokens, kept_learned, starts = [], [], [0]
+        for start, stop in zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True):
+            stop = min(stop, start + width)
+            if self.learned[start + 1 : stop].any():
+                kept_tokens.append(self.tokens[start:stop])
+                kept_learned.append(self.learned[start:stop])
+                starts.append(starts[-1] + stop - start)
+        return Examples(
+            np.concatenate([np.empty(0, np.int32), *kept_tokens]),
+            np.concatenate([np.empty(0, np.bool_), *kept_learned]),
+            np.array(starts, dtype=np.int64),
+            self.digest,
+        )
+
+
+def encode(talks: Sequence[Conversation], tokenizer: Tokenizer, *, mask_prompt: bool) -> Examples:
+    """The conversations as `tokenizer.chat_template` writes them.
+
+    With `mask_prompt` only what the assistant says is learned, and the marks that end it. What took
+    long is kept in the user's cache.
+    """
+    digest = _digest(talks, tokenizer, mask_prompt)
+    file = user_cache_dir() / "finetune" / f"{digest}.npz"
+    kept = _read(file, digest)
+    if kept is not None:
+        return kept
+    started = time.monotonic()
+    pairs = [encode_one(talk, tokenizer, mask_prompt=mask_prompt) for talk in talks]
+    examples = Examples(
+        np.array([i for ids, _ in pairs for i in ids], dtype=np.int32),
+        np.array([learned for _, mask in pairs for learned in mask], dtype=np.bool_),
+        np.cumsum([0, *(len(ids) for ids, _ in pairs)], dtype=np.int64),
+        digest,
+    )
+    if time.monotonic() - started > WORTH_KEEPING_S:
+        _write(file, examples)
+    return examples
+
+
+def encode_one(
+    talk: Conversation, tokenizer: Tokenizer, *, mask_prompt: bool
+) -> tuple[list[int], list[bool]]:
+    """Ids of a conversation, and which are learned.
+
+    An answer is what the conversation has beyond what the model is given to continue: the ids up to
+    it, as chatting with the model makes them, end where the two begin to differ.
+    """
+    messages = talk.messages
+    more: dict[str, Any] = {"tools": talk.tools} if talk.tools else {}
+    whole = encode_chat(tokenizer, messages, add_generation_prompt=False, **more)
+    if not mask_prompt:
+        return whole, [True] * len(whole)
+    learned = [False] * len(whole)
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or not message.get("weight", 1):
+            continue
+        before = encode_chat(tokenizer, messages[:number], add_generation_prompt=True, **more)
+        start, stop = _shared(whole, before), len(whole)
+        if number + 1 < len(messages):
+            so_far = messages[: number + 1]
+            after = encode_chat(tokenizer, so_far, add_generation_prompt=False, **more)
+            stop = _shared(whole, after)
+            if stop <= start:  # the template writes earlier answers otherwise than the last one
+                stop = _next_special(whole, start, tokenizer)
+        learned[start:stop] = [True] * (stop - start)
+    return whole, learned
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
+    most = min(len(a), len(b))
+    if a[:most] == b[:most]:
+        return most
+    return next(i for i in range(most) if a[i] != b[i])
+
+
+def _next_special(ids: list[int], start: int, tokenizer: Tokenizer) -> int:
+    """Behind the first control token at or after `start`: no message can have written one."""
+    special = {tokenizer.backend.special[text] for text in tokenizer.special_tokens}
+    return next((i + 1 for i in range(start, len(ids)) if ids[i] in special), len(ids))
+
+
+def _digest(talks: Sequence[Conversation], tokenizer: Tokenizer, mask_prompt: bool) -> str:
+    digest = hashlib.sha256()
+    words = [VERSION, tokenizer.digest, tokenizer.chat_template, mask_prompt]
+    digest.update(json.dumps(words).encode())
+    for talk in talks:
+        content = json.dumps([talk.messages, talk.tools], sort_keys=True, default=str)
+        digest.update(content.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def _read(file: Path, digest: str) -> Examples | None:
+    try:
+        with np.load(file, allow_pickle=False) as kept:
+            return Examples(kept["tokens"], kept["learned"], kept["starts"], digest)
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _write(file: Path, examples: Examples) -> None:
+    partial = file.with_name(f".{file.stem}.{os.getpid()}.npz")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(
+            partial,
+            tokens=examples.tokens,
+            learned=examples.learned,
+            starts=examples.starts,
+        )
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it is only for speed
+
+
+def check_ids(examples: Examples, rows: int, tokenizer: Tokenizer) -> None:
+    """Raise UserError where the model has no row for an id."""
+    largest = int(examples.tokens.max(initial=-1))
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer in {tokenizer.path.parent} does not belong to this model: a record has "
+            f"the token id {largest:,}, and the model has {rows:,} rows. Name the tokenizer that "
+            "the model was trained with by --tokenizer_dir."
+        )
