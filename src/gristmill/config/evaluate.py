@@ -34,7 +34,7 @@ class Evaluate:
     force_conversion: bool = False
     """Replace another model that out_dir holds; the same one is left alone."""
     log_samples: bool = False
-    """Keep what the model made of each document, in samples-TASK.jsonl beside the results."""
+    """Keep what the model made of each document, in results.samples/TASK.jsonl."""
     apply_chat_template: bool = False
     """Put questions as the model's chat template says."""
     system_instruction: str | None = None

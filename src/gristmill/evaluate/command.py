@@ -1,0 +1,131 @@
+"""The command `gristmill evaluate`: tasks, then the model, then the results.
+
+find the tasks ─ open the model ─ (its Hugging Face copy) ─ measure ─ table and results.json
+"""
+
+from __future__ import annotations
+
+import os
+
+from gristmill.config.evaluate import Evaluate
+from gristmill.evaluate import harness, tasks
+from gristmill.evaluate.copy import copy_model
+from gristmill.evaluate.results import Results
+from gristmill.evaluate.subject import Subject
+from gristmill.formats.model_dir import open_model_dir
+from gristmill.formats.source import ModelDir
+from gristmill.infer.load import memory, note
+from gristmill.models.device import bf16_supported, choose_device
+from gristmill.util.errors import UserError
+
+DTYPES = {"float32": "32-true", "bfloat16": "bf16-true"}
+
+
+def evaluate(cfg: Evaluate) -> None:
+    """Measure the model, print a table and keep the results.
+
+    Raises UserError for what does not fit, before the model is read; RunError when the data of a
+    task cannot be had or memory is too small.
+    """
+    names = _words(cfg.tasks)
+    if names == ["list"]:
+        print("\n".join(tasks.names()))
+        return
+    _check(cfg, names)
+    source = open_model_dir(cfg.checkpoint_dir or "")
+    precision = _precision(cfg, source)
+    results = Results(cfg, source)
+    if cfg.access_token is not None:
+        os.environ["HF_TOKEN"] = cfg.access_token
+    chosen = tasks.choose(names, _words(cfg.include_path))
+    subject = Subject(
+        source.path,
+        device=cfg.device,
+        precision=precision,
+        batch_size=cfg.batch_size if isinstance(cfg.batch_size, int) else "auto",
+        seed=cfg.seed,
+    )
+    if cfg.apply_chat_template:
+        _ = subject.chat_template  # says if there is none
+    if cfg.out_dir is not None:
+        copy_model(source, cfg.out_dir, replace_other=cfg.force_conversion)
+    measured = harness.run(subject, chosen.names, chosen.folders, cfg)
+    print(harness.table(measured))
+    for line in subject.remarks():
+        note(line)
+    for line in harness.unheeded(measured, cfg):
+        note(line)
+    note(memory(subject.loaded.device))
+    print(results.save(measured, subject))
+
+
+def _words(given: list[str] | str | None) -> list[str]:
+    """What a list of words, or one text with commas, names."""
+    parts = given.split(",") if isinstance(given, str) else given or []
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _check(cfg: Evaluate, names: list[str]) -> None:
+    """UserError for options that mean nothing, or not together."""
+    if cfg.checkpoint_dir is None:
+        raise UserError(
+            "no model given. name a model directory as the first word: gristmill evaluate "
+            "out/quickstart/final --tasks …"
+        )
+    if not names:
+        raise UserError(
+            f"no task is named. give some: gristmill evaluate {cfg.checkpoint_dir} --tasks "
+            "hellaswag,arc_easy (`gristmill evaluate list` prints all)"
+        )
+    size = cfg.batch_size
+    if isinstance(size, str):
+        word, _, count = size.partition(":")
+        wrong = word != "auto" or (":" in size and not _is_positive(count))
+    else:
+        wrong = size < 1
+    if wrong:
+        raise UserError(
+            f"--batch_size {size} is no size. give a positive whole number, or auto.",
+            {"--batch_size": "auto"},
+        )
+    if cfg.limit is not None and not (cfg.limit >= 1 or 0 < cfg.limit < 1):
+        raise UserError(
+            f"--limit {cfg.limit} is no number of documents. give 1 or more, or a share below 1."
+        )
+    if cfg.num_fewshot is not None and cfg.num_fewshot < 0:
+        raise UserError(
+            f"--num_fewshot {cfg.num_fewshot} is no number of examples. give 0 or more."
+        )
+    if cfg.force_conversion and cfg.out_dir is None:
+        raise UserError(
+            "--force_conversion is for the model in --out_dir, and none is given: nothing is "
+            "converted to measure a model. leave it out, or give --out_dir.",
+            {"--force_conversion": None},
+        )
+    if cfg.dtype is not None and cfg.precision not in ("auto", DTYPES[cfg.dtype]):
+        raise UserError(
+            f"--dtype {cfg.dtype} and --precision {cfg.precision} are not the same. give one.",
+            {"--dtype": None},
+        )
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return float(text) > 0
+    except ValueError:
+        return False
+
+
+def _precision(cfg: Evaluate, source: ModelDir) -> str:
+    """What is computed in: what is asked for, or what the weights are stored in."""
+    if cfg.dtype is not None:
+        return DTYPES[cfg.dtype]
+    if cfg.precision != "auto":
+        return cfg.precision
+    fast = bf16_supported(choose_device(cfg.device))
+    stored = str(source.parameters()["embed.weight"].dtype).removeprefix("torch.")
+    if stored == "bfloat16" and fast:
+        return "bf16-true"
+    if fast:
+        note("Computed in float32, as the weights are stored; --precision bf16-mixed is faster.")
+    return "32-true"

@@ -1,0 +1,113 @@
+"""Where results are kept, and what of them is said."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gristmill.config.evaluate import Evaluate
+from gristmill.evaluate import harness
+from gristmill.evaluate.subject import Subject
+from gristmill.formats.source import ModelDir
+from gristmill.util.errors import RunError, UserError
+
+FILE, FOLDER, SAMPLES = "results.json", "evaluate", ".samples"
+
+
+class Results:
+    """The place of results, made sure of before they are there."""
+
+    def __init__(self, cfg: Evaluate, source: ModelDir) -> None:
+        """Raises UserError where nothing can be written."""
+        self.cfg = cfg
+        self.path = _path(cfg, source.path)
+        if self.path.is_dir():
+            raise UserError(
+                f"{self.path} is a folder. Name a file: --save_filepath {self.path / FILE}"
+            )
+        folder = next(place for place in self.path.absolute().parents if place.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(
+                f"{self.path} cannot be written (no permission in {folder}). Name another file "
+                "with --save_filepath."
+            )
+
+    def save(self, measured: Mapping[str, Any], subject: Subject) -> str:
+        """Keep them; the line that sums them up and says where they are.
+
+        Older ones in their place are kept with a number.
+        """
+        whole = dict(measured)
+        samples = whole.pop("samples", None) or {}
+        whole["config"] = {**whole.get("config", {}), **subject.describe()}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room()
+            if samples:
+                folder = self.path.with_suffix(SAMPLES)
+                folder.mkdir()
+                for task, documents in samples.items():
+                    text = "".join(_line(document) for document in documents)
+                    (folder / f"{task.replace('/', '_')}.jsonl").write_text(text, encoding="utf-8")
+            partial = self.path.with_name(f".{self.path.name}.partial")
+            partial.write_text(harness.to_json(whole) + "\n", encoding="utf-8")
+            partial.replace(self.path)
+        except OSError as error:
+            raise RunError(
+                f"the results could not be kept in {self.path} ({error.strerror}). They are in the "
+                "table above."
+            ) from None
+        return f"{_summary(whole)} ({self.path})"
+
+    def _make_room(self) -> None:
+        """Move older results aside, with the first number that is free."""
+        pair = [self.path, self.path.with_suffix(SAMPLES)]
+        if not any(path.exists() for path in pair):
+            return
+        number = 1
+        while any(_numbered(path, number).exists() for path in pair):
+            number += 1
+        for path in pair:
+            if path.exists():
+                path.rename(_numbered(path, number))
+
+
+def _path(cfg: Evaluate, model: Path) -> Path:
+    """The file for the results."""
+    if cfg.save_filepath is not None:
+        return Path(cfg.save_filepath).expanduser()
+    if cfg.out_dir is not None:
+        return Path(cfg.out_dir).expanduser() / FILE
+    if model.is_file():
+        return model.parent / FOLDER / FILE
+    if model.name.startswith("step-"):
+        # A checkpoint goes when newer ones come.
+        return model.parent / FOLDER / model.name / FILE
+    return model / FOLDER / FILE
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def _line(document: Any) -> str:
+    """One document's sample on a line."""
+    return json.dumps(json.loads(harness.to_json(document)), ensure_ascii=False) + "\n"
+
+
+def _summary(measured: Mapping[str, Any]) -> str:
+    """The main figure of each task or group, in one line: the last that a log shows."""
+    shown = {**measured.get("results", {}), **measured.get("groups", {})}
+    parts = []
+    for task, metrics in shown.items():
+        values = [
+            f"{key.partition(',')[0]} {value:.4f}"
+            for key, value in metrics.items()
+            if isinstance(value, float) and "_stderr" not in key
+        ]
+        parts.append(f"{task} {', '.join(values[:2])}")
+    more = f"; and {len(parts) - 6} more" if len(parts) > 6 else ""
+    return "; ".join(parts[:6]) + more
