@@ -18,9 +18,11 @@ from gristmill.formats.safetensors_io import write_file
 from gristmill.formats.source import TheirTensors
 from gristmill.models import zoo
 from gristmill.models.counts import Shapes
+from gristmill.tokenizer.sidecar import read_json
 from gristmill.tokenizer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5e9
+TOKENIZER_WORDS = "tokenizer_config.json"
 
 
 def write(
@@ -124,23 +126,36 @@ def _generation(config: ModelConfig, stop_ids: tuple[int, ...]) -> dict[str, Any
     return out
 
 
+def with_bos_policy(tokenizer: Tokenizer, *, adds_bos: bool) -> dict[str, str]:
+    """The files, as name -> text, that make a copy of a tokenizer say whether prompts begin with
+    BOS; none where it says so already."""
+    if tokenizer.adds_bos == adds_bos:
+        return {}
+    words = read_json(tokenizer.path.parent / TOKENIZER_WORDS) or _own_words(tokenizer)
+    return {TOKENIZER_WORDS: _json(words | {"add_bos_token": adds_bos})}
+
+
 def _complete_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
     """Say in `tokenizer_config.json` which class loads a lone `tokenizer.json` or `.model`.
 
     Without it `AutoTokenizer` takes the class of the model's architecture, or a wrong reading of a
     SentencePiece model, and cuts text otherwise than the file says without a word.
     """
-    file = directory / "tokenizer_config.json"
-    if file.exists():
-        return
+    file = directory / TOKENIZER_WORDS
+    if not file.exists():
+        file.write_text(_json(_own_words(tokenizer)))
+
+
+def _own_words(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `tokenizer_config.json` says of a tokenizer that came without."""
     words: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    if (directory / "tokenizer.json").exists():
+    if tokenizer.kind == "tokenizers":
         words["tokenizer_class"] = "PreTrainedTokenizerFast"
     else:
         words |= {"tokenizer_class": zoo.SENTENCEPIECE_CLASS, "legacy": True}
         words["add_bos_token"] = tokenizer.adds_bos
     named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    file.write_text(_json(words | {key: value for key, value in named.items() if value}))
+    return words | {key: value for key, value in named.items() if value}
 
 
 def _json(value: dict[str, Any]) -> str:

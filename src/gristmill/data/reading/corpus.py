@@ -135,6 +135,14 @@ class Corpus:
         found = (dataset.tokenizer_dir for dataset in self.datasets)
         return next((folder for folder in found if folder is not None), None)
 
+    def begins_with(self, token_id: int | None) -> bool:
+        """Whether every document of every dataset begins with this id (None: with none of its own).
+
+        False where a dataset does not say.
+        """
+        made = [dataset.manifest.tokenizer for dataset in self.datasets]
+        return all(record is not None and record.bos_id == token_id for record in made)
+
     @property
     def items_are_documents(self) -> bool:
         """Whether we prepared all of it, and so know where documents end."""
