@@ -142,7 +142,7 @@ COMMANDS = {
         "gristmill.evaluate.command:evaluate",
         "measure a model on tasks of lm-evaluation-harness",
         ("checkpoint_dir",),
-        "gristmill.evaluate.harness:names",
+        "gristmill.evaluate.tasks:names",
     ),
     "serve": Command(
         "gristmill.config.serve:Serve",
