@@ -14,6 +14,8 @@ class Serve:
 
     checkpoint_dir: str | None = None
     """Model directory of any kind; the first word after the command."""
+    tokenizer_dir: str | None = None
+    """Tokenizer to use, with its chat template; unset: the model's own."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines reach needs an api_key."""
     port: int = 8000

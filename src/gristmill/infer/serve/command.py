@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from gristmill.config.serve import Serve
-from gristmill.infer.conversation import Conversation
+from gristmill.infer.conversation import chat_ids, check_system, reply_stop_ids
 from gristmill.infer.load import LoadedModel, load, note, use_few_threads
 from gristmill.infer.serve import server
 from gristmill.infer.serve.app import Service, build_app, is_this_machine
 from gristmill.infer.serve.engine import Engine
 from gristmill.infer.serve.requests import Defaults, Limits, Reader
 from gristmill.models.decoding import check_sampling
-from gristmill.tokenizer.chat import render
 from gristmill.util.errors import Interrupted, UserError
 
 KEY_VARIABLE = "GRISTMILL_API_KEY"
@@ -38,7 +37,9 @@ def serve(cfg: Serve) -> None:
                 f"other machines can reach --host {cfg.host}, so clients must send a key, and "
                 f"there is none. set one first: export {KEY_VARIABLE}=$(openssl rand -hex 16)"
             )
-        loaded = load(cfg.checkpoint_dir, cfg.device, cfg.precision)
+        loaded = load(
+            cfg.checkpoint_dir, cfg.device, cfg.precision, tokenizer_dir=cfg.tokenizer_dir
+        )
         use_few_threads(loaded)
         note(loaded.summary())
         service = build_service(cfg, loaded, key)
@@ -84,7 +85,7 @@ def build_service(cfg: Serve, loaded: LoadedModel, key: str | None) -> Service:
     name = cfg.model_name or loaded.name
     given = None if cfg.max_new_tokens == "auto" else cfg.max_new_tokens
     tokenizer = loaded.tokenizer
-    conversation = Conversation(loaded, room=1)
+    has_chat = tokenizer.chat_template is not None
     reader = Reader(
         model=name,
         limits=Limits(
@@ -99,11 +100,10 @@ def build_service(cfg: Serve, loaded: LoadedModel, key: str | None) -> Service:
             top_p=cfg.top_p,
         ),
         stop_ids=frozenset(tokenizer.stop_ids),
-        chat_stop_ids=conversation.stop_ids,
+        chat_stop_ids=reply_stop_ids(loaded),
         prompt_ids=loaded.prompt_ids,
-        chat_ids=(lambda messages: _chat_ids(loaded, messages))
-        if conversation.has_template
-        else None,
+        chat_ids=partial(chat_ids, loaded) if has_chat else None,
+        takes_system=has_chat and _takes_system(loaded),
         decode=tokenizer.decode,
     )
     engine = Engine(
@@ -158,21 +158,22 @@ def _memory_bytes(device: torch.device) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def _chat_ids(loaded: LoadedModel, messages: list[dict[str, Any]]) -> list[int]:
-    tokenizer = loaded.tokenizer
-    assert tokenizer.chat_template is not None
-    text = render(
-        tokenizer.chat_template,
-        messages,
-        add_generation_prompt=True,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-    )
-    return loaded.checked(tokenizer.encode(text, special=True))
+def _takes_system(loaded: LoadedModel) -> bool:
+    """Whether the chat template has a place for a system prompt."""
+    try:
+        check_system(loaded, "0123456789")
+    except UserError:
+        return False
+    return True
 
 
 def _check(cfg: Serve) -> None:
     """Raise UserError for options that mean nothing, and where packages are missing."""
+    if cfg.checkpoint_dir is None:
+        raise UserError(
+            "no model given. name a model directory as the first word: gristmill serve "
+            "out/quickstart/final"
+        )
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
         raise UserError(

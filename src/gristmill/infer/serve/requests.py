@@ -61,7 +61,8 @@ class Reader:
     """Turns requests into what is wanted, for one model.
 
     `prompt_ids` encodes a text to continue, `chat_ids` a conversation (None: the model has no chat
-    template); both may raise UserError. `decode` is the text of ids.
+    template, which otherwise `takes_system` prompts or not); both may raise UserError. `decode` is
+    the text of ids.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Reader:
     chat_stop_ids: frozenset[int]
     prompt_ids: Callable[[str], list[int]]
     chat_ids: Callable[[list[dict[str, Any]]], list[int]] | None
+    takes_system: bool
     decode: Callable[[list[int]], str]
 
     def completion(self, body: bytes) -> Wanted:
@@ -104,6 +106,12 @@ class Reader:
             raise Refused(
                 f"the model {self.model} has no chat template. use /v1/completions, or put a "
                 "chat_template.jinja into the model's directory.",
+                param="messages",
+            )
+        if not self.takes_system and any(m["role"] == "system" for m in messages):
+            raise Refused(
+                f"the chat template of {self.model} has no place for a system prompt. make it part "
+                "of the first prompt.",
                 param="messages",
             )
         prompts: list[tuple[list[int], str | None]] = [(self.chat_ids(messages), None)]

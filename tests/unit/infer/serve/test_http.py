@@ -148,9 +148,10 @@ def test_no_http_at_all(chatty):
     host, port = chatty.url.removeprefix("http://").split(":")
     for nonsense in (b"\x16\x03\x01\x02", b"hello\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a" * 10**6):
         with socket.create_connection((host, int(port)), timeout=5) as plain:
-            plain.sendall(nonsense)
-            plain.shutdown(socket.SHUT_WR)
-            with contextlib.suppress(ConnectionError):
+            # The server may have left before all was sent.
+            with contextlib.suppress(OSError):
+                plain.sendall(nonsense)
+                plain.shutdown(socket.SHUT_WR)
                 assert plain.recv(100).startswith(b"HTTP/1.1 400")
     assert chatty.ask("/v1/completions", SHORT)[0] == 200
 

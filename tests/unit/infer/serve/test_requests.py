@@ -10,7 +10,7 @@ from gristmill.infer.serve.requests import Defaults, Limits, Reader, read_messag
 HELLO = [{"role": "user", "content": "hi"}]
 
 
-def reader(*, has_chat=True, **defaults):
+def reader(*, has_chat=True, takes_system=True, **defaults):
     return Reader(
         model="tiny",
         limits=Limits(max_length=100, num_ids=260, max_replies=8),
@@ -19,6 +19,7 @@ def reader(*, has_chat=True, **defaults):
         chat_stop_ids=frozenset([1, 2]),
         prompt_ids=lambda text: list(text.encode()),
         chat_ids=(lambda messages: list(str(messages).encode())) if has_chat else None,
+        takes_system=takes_system,
         decode=lambda ids: bytes(ids).decode(),
     )
 
@@ -150,6 +151,13 @@ def test_what_changes_no_reply_is_taken():
 def test_a_model_without_template_has_no_chats():
     with pytest.raises(Refused, match="no chat template. use /v1/completions"):
         reader(has_chat=False).chat(json.dumps({"messages": HELLO}).encode())
+
+
+def test_a_template_without_a_place_for_system_prompts():
+    told = {"messages": [{"role": "developer", "content": "x"}, *HELLO]}
+    assert reader().chat(json.dumps(told).encode()).asks
+    with pytest.raises(Refused, match="no place for a system prompt"):
+        reader(takes_system=False).chat(json.dumps(told).encode())
 
 
 def test_messages_as_templates_take_them():
