@@ -24,6 +24,7 @@ from gristmill.formats import peft as peft_files
 from gristmill.formats import tuned
 from gristmill.formats.hf import write as write_model_dir
 from gristmill.formats.model_dir import load_weights, open_model_dir
+from gristmill.formats.peft_lora import lora_files
 from gristmill.models.counts import parameter_shapes
 from gristmill.models.device import weight_dtype
 from gristmill.models.init import generator_of
@@ -145,7 +146,7 @@ class Lora(Method):
         assert job.start_dir is not None, "finetuning starts from a model"
         base, adapters = open_model_dir(job.start_dir), tuned.factors(weights)
         merged = tuned.with_factors(final, base, adapters, self.cfg.lora_alpha / self.cfg.lora_r)
-        written = peft_files.lora_files(
+        written = lora_files(
             job.model,
             adapters,
             alpha=self.cfg.lora_alpha,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from torch import Tensor
 from gristmill.config.model import ModelConfig
 from gristmill.formats.source import Entry, ModelDir, Tensors
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""PEFT's file of settings."""
+Json = dict[str, Any]
 Change = Callable[[Tensor], Tensor]
 """From a parameter of the base, in fp32, to that of the adapted model."""
 
@@ -40,11 +43,12 @@ class LowRank:
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The changed matrix."""
-        changed = weight + (self.b.to(weight) @ self.a.to(weight)) * self.scale
+        changed: Tensor = weight + (self.b.to(weight) @ self.a.to(weight)) * self.scale
         if self.magnitude is None:
             return changed
         lengths = torch.linalg.vector_norm(changed, dim=1)
-        return changed * (self.magnitude.to(weight) / lengths).unsqueeze(1)
+        scaled: Tensor = changed * (self.magnitude.to(weight) / lengths).unsqueeze(1)
+        return scaled
 
 
 def adapted(
@@ -82,3 +86,28 @@ def adapted(
 
 def _changed(parameters: Mapping[str, Tensor], name: str, change: Change) -> Tensor:
     return change(parameters[name].float())
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A trained adapter of one of our matrices [out, in]."""
+
+    a: Tensor
+    """[r, in]."""
+    b: Tensor
+    """[out, r]."""
+    magnitude: Tensor | None = None
+    """[out], where rows are scaled to these lengths (DoRA)."""
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What `adapter_model.safetensors` and `adapter_config.json` hold."""
+
+    tensors: dict[str, Tensor]
+    settings: Json
+
+
+def is_prompt(parameter: str) -> bool:
+    """Whether a parameter is one of an adaption prompt's."""
+    return ".prompt." in parameter

@@ -16,8 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from gristmill.config.model import AdaptionPrompt
-from gristmill.formats.adapted import Change, LowRank, adapted
-from gristmill.formats.peft import Factors, is_prompt
+from gristmill.formats.adapted import Change, Factors, LowRank, adapted, is_prompt
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.formats.source import AGAIN, Entry, ModelDir, Tensors
 from gristmill.models.counts import parameter_shapes

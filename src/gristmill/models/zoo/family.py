@@ -79,6 +79,8 @@ class Family:
     """Patterns in the names of tensors and what takes their place, for files that vary."""
     get_unquantized: str = "Get its repository of 16-bit weights."
     """What to do about weights in fewer bits than are supported."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """Modules that transformers 5 calls otherwise than files do: the name in files -> in memory."""
     adaption: Adaption | None = None
     """Adaption prompts of PEFT, if it knows the architecture."""
     dropped: tuple[str, ...] = ()

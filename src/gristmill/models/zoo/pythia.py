@@ -134,6 +134,7 @@ FAMILY = Family(
     architecture="GPTNeoXForCausalLM",
     model_type="gpt_neox",
     weights=WEIGHTS,
+    modules={"embed_out": "lm_head"},
     words=WORDS,
     rotary=("rope_fraction",),
     theta_key="rotary_emb_base",
