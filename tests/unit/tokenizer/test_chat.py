@@ -1,6 +1,9 @@
+import shutil
+
 import pytest
 
-from gristmill.tokenizer.chat import render
+from gristmill.tokenizer.chat import encode_chat, render
+from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
 TALK = [
@@ -89,3 +92,56 @@ def test_the_templates_own_objection_is_told():
 def test_a_template_that_fails_or_reaches_out(template):
     with pytest.raises(UserError, match=r"chat template fails.*chat_template\.jinja"):
         our_text(template)
+
+
+def test_control_tokens_in_messages_stay_text(trained_dir, tmp_path):
+    tokenizer = with_template(trained_dir, tmp_path, "<|user|>{{ messages[0].content }}<|bos|>")
+    control = tokenizer.encode("<|user|><|bos|>", special=True)
+    assert len(control) == 2
+    for text in (
+        "no marks",
+        "a <|bos|> b",
+        "<|bos|><|user|>",
+        "<|bo",
+        "\ufdd0<|bos|>",
+        "<|<|bos|>",
+    ):
+        ids = encode(tokenizer, text)
+        # The template's own two are control tokens, those of the message are not.
+        assert [ids[0], ids[-1]] == control
+        assert not set(control) & set(ids[1:-1])
+        assert tokenizer.decode(ids[1:-1]) == text
+        assert ids[1:-1] == tokenizer.encode(text)
+
+
+def test_messages_without_control_tokens_are_encoded_in_one_go(trained_dir, tmp_path):
+    tokenizer = with_template(trained_dir, tmp_path, "Q:{{ messages[0].content }}")
+    # A token over the border of template and message, as everybody's encoding has it.
+    assert encode(tokenizer, "  x") == tokenizer.encode("Q:  x")
+    nested = [{"role": "user", "content": [{"type": "text", "text": "<|bos|>"}]}]
+    ids = encode_chat(tokenizer, nested, add_generation_prompt=True)
+    assert not set(ids) & set(tokenizer.encode("<|bos|>", special=True))
+
+
+def test_a_template_that_trims_or_repeats_keeps_control_tokens_text(trained_dir, tmp_path):
+    template = "{{ messages[0].content | trim }}|{{ messages[0].content[:3] }}"
+    tokenizer = with_template(trained_dir, tmp_path, template)
+    ids = encode(tokenizer, " <|bos|> ")
+    assert not set(ids) & set(tokenizer.encode("<|bos|>", special=True))
+    assert "<|bos|>|" in tokenizer.decode(ids)
+
+
+def test_no_template_is_said(trained):
+    with pytest.raises(UserError, match="has no chat template"):
+        encode(trained, "hi")
+
+
+def with_template(trained_dir, folder, template):
+    shutil.copytree(trained_dir, folder / "tok")
+    (folder / "tok" / "chat_template.jinja").write_text(template)
+    return Tokenizer.load(folder / "tok")
+
+
+def encode(tokenizer, content):
+    messages = [{"role": "user", "content": content}]
+    return encode_chat(tokenizer, messages, add_generation_prompt=True)
