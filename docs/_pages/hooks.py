@@ -27,6 +27,8 @@ OUTSIDE = {
 """Files of the repository that are pages of the site, and where."""
 
 LINK = re.compile(r"(\]\()([^()\s#]+)(#[^()\s]*)?(\))")
+CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
+OPTION = re.compile(r"(?<![\w<-])(--?[A-Za-z][\w.-]*)")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
 
@@ -78,6 +80,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{match[1]}{posixpath.relpath(place, here or '.')}{match[3] or ''}{match[4]}"
 
     return LINK.sub(turned, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """The page with every option in code kept on one line: browsers break lines after hyphens."""
+    return CODE.sub(lambda code: OPTION.sub(r'<span class="option">\1</span>', code[0]), html)
 
 
 def repository_path(src_uri: str) -> str:

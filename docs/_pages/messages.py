@@ -42,6 +42,11 @@ def template(node: ast.expr) -> str | None:
     return None
 
 
+def shown(text: str) -> str:
+    """The text on one line, values that follow each other as one."""
+    return re.sub(r"…([.:=]?…)+", "…", " ".join(text.split()))
+
+
 def messages(package: Path = PACKAGE) -> list[tuple[str, int, str]]:
     """(file below the package, exit code, message) of every error that the code raises."""
     found = []
@@ -54,7 +59,7 @@ def messages(package: Path = PACKAGE) -> list[tuple[str, int, str]]:
             # What is mostly values says nothing to somebody who looks for it.
             if code and text and len(re.findall(r"[a-zA-Z]{2,}", text)) >= 3:
                 file = path.relative_to(package).as_posix()
-                found.append((file, code, re.sub(r"…+", "…", " ".join(text.split()))))
+                found.append((file, code, shown(text)))
     return found
 
 
@@ -66,7 +71,7 @@ def strings(package: Path = PACKAGE) -> str:
             if isinstance(node, ast.Constant | ast.JoinedStr | ast.BinOp):
                 text = template(node)
                 if text:
-                    lines.append(re.sub(r"…+", "…", " ".join(text.split())))
+                    lines.append(shown(text))
     return "\n".join(lines)
 
 
@@ -94,7 +99,7 @@ def page() -> str:
 
 def _cell(text: str) -> str:
     """A message in a table: signs that mean something to Markdown as themselves."""
-    return re.sub(r"([\\`*_\[\]{}<>|#])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]{}|#])", r"\\\1", text).replace("<", "&lt;")
 
 
 def pages() -> dict[str, str]:
