@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import time
@@ -10,6 +12,8 @@ from typing import NamedTuple
 import torch
 
 from gristmill.util.errors import UserError
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 PROBE_S = 0.2
 """How long the matrix-product probe of `peak_flops` runs, once it is warm."""
@@ -108,6 +112,21 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     except RuntimeError:
         return None
     return 2 * size**3 / best
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Have the C library keep what one training step on a CPU frees, for the next one to use.
+
+    glibc gives each large buffer back to the system and takes a fresh one, page by page, a moment
+    later: 8 % of the time of a step of pythia-14m, 17 % of pythia-160m (measured on a virtual
+    machine, where pages are dear). The peak grows by some per cent. Other C libraries and devices
+    are left alone.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        with contextlib.suppress(OSError, AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+            mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def memory_bytes(device: torch.device) -> Memory:

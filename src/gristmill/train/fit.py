@@ -13,7 +13,7 @@ from torch import nn
 
 from gristmill.config.commands import Pretrain
 from gristmill.models.decoder import Decoder
-from gristmill.models.device import weight_dtype
+from gristmill.models.device import keep_freed_memory, weight_dtype
 from gristmill.optim.build import build_optimizer
 from gristmill.optim.schedules import lr_at
 from gristmill.parallel.mesh import Mesh
@@ -42,6 +42,7 @@ def fit(job: Job) -> None:
         if is_finished(run):
             return
         job, mesh = run.job, run.mesh
+        keep_freed_memory(job.device)
         model, how = build(job, mesh)
         run.model = model
         optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
