@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +149,7 @@ def _read(file: Path, digest: str) -> Examples | None:
     try:
         with np.load(file, allow_pickle=False) as kept:
             return Examples(kept["tokens"], kept["learned"], kept["starts"], digest)
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 

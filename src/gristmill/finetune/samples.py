@@ -101,7 +101,7 @@ class RecordSamples:
         self.examples, self.seq_len = examples, seq_len
         self._seed, self._packing = seed, packing
         self._rows = _Rows(examples, seq_len)
-        self._orders: OrderedDict[int, Int64s] = OrderedDict()
+        self._epochs: OrderedDict[int, tuple[Int64s, Int64s]] = OrderedDict()
         self._total = int(examples.lengths.sum())
 
     @property
@@ -134,9 +134,7 @@ class RecordSamples:
 
     def num_tokens(self, samples: int, count: int) -> int:
         """Tokens of `count` records after the first `samples`."""
-        whole, rest = divmod(count, self.num_samples)
-        lengths = self.examples.lengths[self._located(samples, rest)]
-        return whole * self._total + int(lengths.sum())
+        return self._tokens_before(samples + count) - self._tokens_before(samples)
 
     def batch(self, samples: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's rows of the batch of `batch_size` records after `samples` ones.
@@ -164,15 +162,23 @@ class RecordSamples:
         found = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            found[here] = self._order(epoch)[numbers[here]]
+            found[here] = self._epoch(epoch)[0][numbers[here]]
         return found
 
-    def _order(self, epoch: int) -> Int64s:
-        if epoch not in self._orders:
-            self._orders[epoch] = perm(key(self._seed, RECORDS, epoch), self.num_samples)
-            while len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
+    def _tokens_before(self, samples: int) -> int:
+        """Tokens of the first `samples` records of the endless order."""
+        epoch, number = divmod(samples, self.num_samples)
+        return epoch * self._total + int(self._epoch(epoch)[1][number])
+
+    def _epoch(self, epoch: int) -> tuple[Int64s, Int64s]:
+        """The records in the order of an epoch, and the tokens before each and before its end."""
+        if epoch not in self._epochs:
+            order = perm(key(self._seed, RECORDS, epoch), self.num_samples)
+            before = np.concatenate([[0], np.cumsum(self.examples.lengths[order])])
+            self._epochs[epoch] = order, before.astype(np.int64)
+            while len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[epoch]
 
 
 class HeldOutRows:
