@@ -28,6 +28,9 @@ OUTSIDE = {
 
 LINK = re.compile(r"(\]\()([^()\s#]+)(#[^()\s]*)?(\))")
 CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
+BLOCK = re.compile(
+    r'<div class="highlight">(<pre>(?:<[^>]*>)*(?:gristmill|srun|torchrun|python|pip|make) )'
+)
 OPTION = re.compile(r"(?<![\w<-])(--?[A-Za-z][\w.-]*)")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
 
@@ -83,7 +86,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """The page with every option in code kept on one line: browsers break lines after hyphens."""
+    """The page with blocks of commands marked, whose lines are broken where they are too long.
+
+    Options in code are marked, too: browsers would break them after their hyphens.
+    """
+    html = BLOCK.sub(r'<div class="highlight commands">\1', html)
     return CODE.sub(lambda code: OPTION.sub(r'<span class="option">\1</span>', code[0]), html)
 
 
