@@ -38,6 +38,7 @@ SPELLINGS = {
     "finetune_full": "finetune full",
     "finetune_lora": "finetune lora",
     "finetune_adapter": "finetune adapter",
+    "merge_lora": "merge",
 }
 """Names of commands in another tool, and ours."""
 
@@ -124,6 +125,12 @@ COMMANDS = {
         "gristmill.launch.start:train",
         "train prefixes of the attention on instructions or chats, resumable",
         ("checkpoint_dir",),
+    ),
+    "merge": Command(
+        "gristmill.config.finetune:Merge",
+        "gristmill.finetune.merge:merge",
+        "an adapter and its base as one ordinary model",
+        ("checkpoint_dir", "output_dir"),
     ),
     "generate": Command(
         "gristmill.config.use_commands:Generate",

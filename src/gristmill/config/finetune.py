@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from gristmill.config.commands import Training
+from gristmill.config.commands import Training, WeightType
 from gristmill.config.sections import AdamW, Auto, Optimizer, StepArgs
 from gristmill.config.tuning_data import TuningData
 
@@ -109,3 +109,27 @@ class FinetuneAdapter(Finetune):
     """Learned positions that each layer's attention sees before the text."""
     adapter_start_layer: int = 2
     """First layer that has them, counted from 0."""
+
+
+@dataclass(kw_only=True)
+class Merge:
+    """Write an adapter and its base as one ordinary model, and compare what was written."""
+
+    checkpoint_dir: str | None = None
+    """The adapter: a run of `finetune lora` or one of its checkpoints, PEFT's directory, or LitGPT's
+    with lit_model.pth.lora; the first word after the command."""
+    output_dir: str | None = None
+    """Directory to write, which must not exist or be empty; the second word after the command.
+    Unset: DIR-merged, and of LitGPT's directory lit_model.pth in it, as LitGPT does."""
+    pretrained_checkpoint_dir: str | None = None
+    """The base; unset: the one that the adapter names."""
+    format: Literal["hf", "litgpt"] = "hf"
+    """Who reads it: transformers and its like (hf), or LitGPT."""
+    dtype: WeightType | Auto = "auto"
+    """Type of the weights; auto: the base's."""
+    precision: Literal["auto", "32-true", "bf16-true", "16-true"] = "auto"
+    """LitGPT's word for dtype."""
+    tokenizer_dir: str | None = None
+    """Tokenizer that goes along; unset: the adapter's or the base's own."""
+    overwrite: bool = False
+    """Replace what output_dir holds, once the new is complete."""

@@ -24,6 +24,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 Json = dict[str, Any]
 Change = Callable[[Tensor], Tensor]
 """From a parameter of the base, in fp32, to that of the adapted model."""
+OpenBase = Callable[[str, Path], ModelDir]
+"""From the base that an adapter names, and the file that names it, to what is there."""
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,13 @@ Q8_0_BYTES = 34 / 32
 SPARE_BYTES = 64 << 20
 
 
-def export(cfg: Export) -> None:
-    """Write the model and say where it is and how it is used.
+def export(cfg: Export, source: ModelDir | None = None) -> None:
+    """Write the model (`source` if it is open) and say where it is and how it is used.
 
     Raises UserError for what does not fit, before anything is written; RunError when the disk is
     full or what was written differs from its source, and then nothing of it is left.
     """
-    job = _settle(cfg)
+    job = _settle(cfg, source)
     print(job.opening(), file=sys.stderr)
     started = time.monotonic()
     with _failures(job.out, f"nothing is left of {job.out}"), beside(job.out) as place:
@@ -190,7 +190,7 @@ class _Job:
         return [f"{PROGRAM} -m {shlex.quote(str(file))}", ours]
 
 
-def _settle(cfg: Export) -> _Job:
+def _settle(cfg: Export, source: ModelDir | None = None) -> _Job:
     """The export that the options mean. Raises UserError for what does not fit."""
     if cfg.checkpoint_dir is None or cfg.output_dir is None:
         raise UserError(
@@ -205,7 +205,12 @@ def _settle(cfg: Export) -> _Job:
         )
     if cfg.dtype == "q8_0" and cfg.format != "gguf":
         raise UserError(f"--dtype q8_0 is a type of GGUF files, not of {cfg.format}. Use bfloat16.")
-    source = open_model_dir(cfg.checkpoint_dir, cfg.model_name)
+    source = source or open_model_dir(cfg.checkpoint_dir, cfg.model_name)
+    if source.config.adaption_prompt is not None:
+        raise UserError(
+            f"{source.path} is an adapter whose vectors are no part of any matrix, and other "
+            "formats have no place for it. Use it as it is, with its base."
+        )
     _check_name(cfg.model_name, source)
     out = Path(cfg.output_dir).expanduser()
     _check_target(out, source, cfg)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
-from gristmill.formats import gguf, litgpt, peft, tuned
+from gristmill.formats import gguf, litgpt, litgpt_lora, peft, tuned
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.formats.source import AGAIN, ModelDir
 from gristmill.models import zoo
@@ -31,17 +31,23 @@ CONFIG_VERSION = 1
 Put = Callable[[Tensor, Tensor], None]
 
 
-def open_model_dir(path: str | Path, model_name: str | None = None) -> ModelDir:
+def open_model_dir(
+    path: str | Path, model_name: str | None = None, *, base: str | Path | None = None
+) -> ModelDir:
     """What `path` is, without reading weights. Raises UserError when it is no model.
 
-    `model_name` is the architecture of weights that come without their configuration.
+    `model_name` is the architecture of weights that come without their configuration; `base` the
+    model that an adapter is for, instead of the one that it names.
     """
     found = resolve_model_dir(path)
     if not found.exists():
         raise UserError(f"{found} does not exist. {how_to_get(path)}")
     place = _locate(found)
     found_here = (
-        _find_adapter(place) or litgpt.find(place, model_name) or gguf.find(place) or _find(place)
+        _find_adapter(place, base)
+        or litgpt.find(place, model_name)
+        or gguf.find(place)
+        or _find(place)
     )
     if found_here is not None:
         return found_here
@@ -97,9 +103,29 @@ def _fill(model: nn.Module | Mapping[str, nn.Parameter], source: ModelDir, put: 
                 put(parameters[name], value)
 
 
-def _find_adapter(place: Path) -> ModelDir | None:
-    """An adapter, with its base: in PEFT's layout, or a checkpoint of ours that holds one."""
-    return peft.find(place, open_model_dir) or tuned.find(place, open_model_dir)
+def _find_adapter(place: Path, base: str | Path | None) -> ModelDir | None:
+    """An adapter with its base: PEFT's, LitGPT's, or a checkpoint of ours that holds one."""
+
+    def open_base(named: str, file: Path) -> ModelDir:
+        beside = file.parent / named
+        if base is not None:
+            path = resolve_model_dir(base)
+        elif not Path(named).is_absolute() and beside.exists():
+            path = beside
+        else:
+            path = resolve_model_dir(named)
+        if not path.exists():
+            raise UserError(
+                f"{place} is an adapter for the model {named}, which is not here. "
+                f"{how_to_get(named)} Where the model is elsewhere, say so in {file}."
+            )
+        return open_model_dir(path)
+
+    for find in (peft.find, tuned.find, litgpt_lora.find):
+        found = find(place, open_base)
+        if found is not None:
+            return found
+    return None
 
 
 def _find(place: Path) -> ModelDir | None:

@@ -7,26 +7,24 @@ modules of the Hugging Face model. What they mean is in `peft_lora.py` and `peft
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from gristmill.formats import peft_lora, peft_prompts
-from gristmill.formats.adapted import ADAPTER_CONFIG, AdapterFiles, Json
+from gristmill.formats.adapted import ADAPTER_CONFIG, AdapterFiles, Json, OpenBase
 from gristmill.formats.safetensors_io import open_tensors, write_file
 from gristmill.formats.source import AGAIN, ModelDir, Tensors
 from gristmill.models import zoo
 from gristmill.util.errors import UserError
-from gristmill.util.paths import how_to_get, resolve_model_dir
 
 CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
 
 
-def find(place: Path, open_base: Callable[[Path], ModelDir]) -> ModelDir | None:
+def find(place: Path, open_base: OpenBase) -> ModelDir | None:
     """The model of the adapter in a directory and of its base; None where there is no adapter.
 
     Raises UserError when the base is not here, or when the adapter does what is not known.
@@ -58,21 +56,14 @@ def read_settings(place: Path) -> Json:
     return settings
 
 
-def _base(place: Path, settings: Json, open_base: Callable[[Path], ModelDir]) -> ModelDir:
+def _base(place: Path, settings: Json, open_base: OpenBase) -> ModelDir:
     named = settings.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UserError(
             f"{place / CONFIG} names no base_model_name_or_path. Put in the directory of the model "
             "that the adapter was trained for."
         )
-    beside = place / named
-    path = beside if not Path(named).is_absolute() and beside.exists() else resolve_model_dir(named)
-    if not path.exists():
-        raise UserError(
-            f"{place} is an adapter for the model {named}, which is not here. {how_to_get(named)} "
-            f"Where the model is elsewhere, change base_model_name_or_path in {place / CONFIG}."
-        )
-    base = open_base(path)
+    base = open_base(named, place / CONFIG)
     return replace(base, config=zoo.with_family(base.config))
 
 

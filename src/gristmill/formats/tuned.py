@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,11 @@ from typing import Any
 from torch import Tensor
 
 from gristmill.config.model import AdaptionPrompt
-from gristmill.formats.adapted import Change, Factors, LowRank, adapted, is_prompt
+from gristmill.formats.adapted import Change, Factors, LowRank, OpenBase, adapted, is_prompt
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.formats.source import AGAIN, Entry, ModelDir, Tensors
 from gristmill.models.counts import parameter_shapes
 from gristmill.util.errors import UserError
-from gristmill.util.paths import how_to_get, resolve_model_dir
 
 FILE = "adapter.json"
 PARTS = {
@@ -74,7 +73,7 @@ def with_factors(
     return adapted(path, base, changes, "peft", files=dict.fromkeys(changes, path))
 
 
-def find(place: Path, open_base: Callable[[Path], ModelDir]) -> ModelDir | None:
+def find(place: Path, open_base: OpenBase) -> ModelDir | None:
     """The model of a checkpoint with an adapter and of its base; None where there is none.
 
     Raises UserError when the base is not here, or the checkpoint damaged.
@@ -87,13 +86,7 @@ def find(place: Path, open_base: Callable[[Path], ModelDir]) -> ModelDir | None:
         named = str(settings["base"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}). {AGAIN}") from None
-    path = resolve_model_dir(named)
-    if not path.exists():
-        raise UserError(
-            f"{place} is an adapter for the model {named}, which is not here. {how_to_get(named)} "
-            f"Where the model is elsewhere, change base in {file}."
-        )
-    base, files = open_base(path), open_tensors(weight_files(place / "weights"))
+    base, files = open_base(named, file), open_tensors(weight_files(place / "weights"))
     if "num_layers" in settings:
         return _prompts(place, base, files, settings)
     changes: dict[str, Change] = {
