@@ -151,6 +151,33 @@ def _stories() -> bytes:
     return out.getvalue()
 
 
+def _instructions() -> bytes:
+    """Records of the Alpaca set."""
+    out = io.BytesIO()
+    rows = {"instruction": texts(180, 40, 6), "input": [""] * 40, "output": texts(190, 40, 8)}
+    pq.write_table(pa.table(rows), out)
+    return out.getvalue()
+
+
+SPLITS = ("train", "validation")
+
+
+def _hellaswag() -> bytes:
+    """Questions with four endings."""
+    out = io.BytesIO()
+    count = 16
+    rows = {
+        "ind": list(range(count)),
+        "activity_label": ["Milling"] * count,
+        "ctx_a": texts(160, count, 12),
+        "ctx_b": ["the miller"] * count,
+        "endings": [texts(170 + n, 4, 6) for n in range(count)],
+        "label": [str(n % 4) for n in range(count)],
+    }
+    pq.write_table(pa.table(rows), out)
+    return out.getvalue()
+
+
 def _model(name: str, tokenizer: dict[str, bytes]) -> dict[str, bytes]:
     """A Hugging Face directory with random weights, as bytes."""
     config = tiny_models()[name].config
@@ -224,6 +251,10 @@ def make(folder: Path) -> Tutorials:
             f"plain_text/train-{n:05}-of-00002.parquet": _parquet(texts(140 + n, 40))
             for n in range(2)
         },
+        "Rowan/hellaswag": {
+            f"data/{split}-00000-of-00001.parquet": _hellaswag() for split in SPLITS
+        },
+        "mhenrichsen/alpaca_2k_test": {"alpaca_2000.parquet": _instructions()},
         "roneneldan/TinyStories": {"TinyStories_all_data.tar.gz": _stories()},
     }
     return Tutorials(tokenizer, model.read_bytes(), models, datasets)
