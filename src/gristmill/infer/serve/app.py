@@ -162,7 +162,7 @@ class _Guard:
             account.status = 500
         finally:
             if account.ticket is not None:
-                if not account.ticket.is_over:
+                if not account.ticket.is_over and account.ticket.failure is None:
                     account.status = 499
                 account.ticket.cancel()
             _write_line(scope, account, time.monotonic() - start)
@@ -342,4 +342,6 @@ def _write_line(scope: Message, account: Account, total_s: float) -> None:
         words.append(f"{answer.wanted.num_prompt_tokens} + {answer.num_tokens} tokens")
         if ticket.first_s is not None:
             words.append(f"first after {ticket.first_s:.2f} s")
+        if isinstance(ticket.failure, (Closing, ModelFailed)):
+            words.append("not finished")
     note("  ".join([*words, f"{total_s:.2f} s"]))

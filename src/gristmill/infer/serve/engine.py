@@ -57,6 +57,7 @@ class Ticket:
         self.created = time.monotonic()
         self.first_s: float | None = None
         self.is_over = False
+        self.failure: Exception | None = None
         self._engine = engine
         self._left = num_replies
         self._loop = asyncio.get_running_loop()
@@ -69,6 +70,7 @@ class Ticket:
         """
         item = await self._queue.get()
         if isinstance(item, Exception):
+            self.failure = item
             raise item
         if item[1].finish is not None:
             self._left -= 1

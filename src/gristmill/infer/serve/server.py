@@ -94,7 +94,7 @@ def build_server(
             engine.drain()
             if engine.num_active:
                 note(
-                    f"Stopping: {engine.num_active} replies under way have {grace_s:g} s to end; "
+                    f"Stopping: replies under way ({engine.num_active}) have {grace_s:g} s to end; "
                     "Ctrl-C again ends at once."
                 )
             loop = asyncio.get_running_loop()
