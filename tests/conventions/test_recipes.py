@@ -15,15 +15,17 @@ from gristmill.train.ranges import check_ranges
 MAX_LINES = 60
 
 
-def _config_of(folder: str) -> type:
-    module, _, name = COMMANDS[folder].config.partition(":")
+def _config_of(recipe: str) -> type:
+    folder, _, rest = recipe.partition("/")
+    command = f"finetune {rest.rpartition('/')[2]}" if folder == "finetune" else folder
+    module, _, name = COMMANDS[command].config.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def test_recipes_parse():
     assert RECIPES_DIR.is_dir(), "src/gristmill/recipes is gone"
     for name in names():
-        command = _config_of(name.partition("/")[0])
+        command = _config_of(name)
         settings = parse(command, ["--config", name], prog="gristmill", positionals=())
         assert isinstance(settings, command)
 
@@ -37,11 +39,10 @@ def test_recipes_open_with_their_command():
         assert len(lines) <= MAX_LINES, f"{name}: {len(lines)} lines"
 
 
-def test_pretraining_recipes_say_what_hardware_they_want():
+def test_recipes_say_what_hardware_they_want():
     for name in names():
-        if name.startswith("pretrain/"):
-            text = (RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
-            assert "# Hardware: " in text, name
+        text = (RECIPES_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+        assert "# Hardware: " in text, name
 
 
 def test_models_of_recipes_can_be_built_and_exported():

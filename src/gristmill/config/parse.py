@@ -25,6 +25,7 @@ from gristmill.util.errors import UserError
 T = TypeVar("T")
 
 ALIASES = {
+    "--initial_checkpoint_dir": "--checkpoint_dir",
     "--data.path": "--data.data_path",
     "--tokenizer_path": "--tokenizer_dir",
     "--checkpoint_path": "--checkpoint_dir",

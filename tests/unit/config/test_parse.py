@@ -62,7 +62,7 @@ def test_a_module_of_ones_own(tmp_path, monkeypatch):
     assert pretrain("--data", "my_corpus:Mine", "--data.size", "5").data.size == 5
 
 
-@pytest.mark.parametrize("recipe", names())
+@pytest.mark.parametrize("recipe", [name for name in names() if name.startswith("pretrain/")])
 def test_every_recipe_parses_and_round_trips(recipe):
     cfg = pretrain("--config", recipe)
     assert cfg.model_name or cfg.data
