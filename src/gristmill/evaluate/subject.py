@@ -88,8 +88,13 @@ class Subject:
         )
         if for_reply:
             return text
-        last = messages[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)] if last in text else text
+        last = messages[-1]["content"]
+        start = text.rfind(last.strip())
+        if start < 0:
+            return text
+        end = start + len(last.lstrip())
+        # Space at its end stays where the template keeps it.
+        return text[:end] if text[start:end] == last else text[: start + len(last.strip())]
 
     def describe(self) -> dict[str, Any]:
         """What was measured and with what, for the results."""
