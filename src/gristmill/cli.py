@@ -302,9 +302,10 @@ def _dispatch(words: list[str]) -> int:
         _load(command.config), rest, prog=f"gristmill {name}", positionals=command.positionals
     )
     # How long a thread spins at a barrier before it sleeps. OpenMP's default suits a machine of its
-    # own; on one that does anything else, threads wait for each other's time slices and training is
-    # up to seven times slower (measured). Read once, when torch loads the library.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    # own; on one that does anything else, threads wait for each other's time slices. This is long
+    # enough for the short gaps of a training step (docs/design.md has the measurements). Read once,
+    # when torch loads the library.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     _load(command.run)(config)
     return 0
 
