@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import re
@@ -56,6 +57,7 @@ def _code(match: re.Match[str]) -> str:
     return f"`{match[1]}`".replace("\\", "")
 
 
+@functools.cache
 def meanings(cls: type) -> dict[str, str]:
     """The help text of every field, inherited ones too."""
     found: dict[str, str] = {}
@@ -167,7 +169,7 @@ def pages_of_commands() -> dict[str, tuple[Command, list[str]]]:
     return {names[0].replace(" ", "-"): (COMMANDS[names[0]], names) for names in found.values()}
 
 
-def command_page(name: str, command: Command, names: list[str]) -> str:
+def command_page(command: Command, names: list[str]) -> str:
     """The page of one command."""
     cls = load(command.config)
     words = []
@@ -376,7 +378,7 @@ def pages() -> dict[str, str]:
     """All pages of this file, by their place on the site."""
     made = {"reference/commands/index.md": overview()}
     for slug, (command, names) in pages_of_commands().items():
-        made[f"reference/commands/{slug}.md"] = command_page(slug, command, names)
+        made[f"reference/commands/{slug}.md"] = command_page(command, names)
     for base in bases():
         made[f"reference/{slug_of(base)}.md"] = classes_page(base)
     made[f"reference/{MODEL_FIELDS}.md"] = model_page()

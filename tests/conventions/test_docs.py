@@ -60,16 +60,20 @@ def is_said(message: str, said: str) -> bool:
     return re.sub(r"[ …]+$", "", message) in said
 
 
-def test_messages_of_the_troubleshooting_page_are_in_the_code():
-    said = _generator("messages").strings() + (ROOT / "Makefile").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def said() -> str:
+    """What the code and the Makefile can say."""
+    return _generator("messages").strings() + (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_messages_of_the_troubleshooting_page_are_in_the_code(said):
     messages = quoted(DOCS / "troubleshooting.md")
     assert len(messages) > 50
     strange = [message for message in messages if not is_said(message, said)]
     assert not strange, "no such message in the code:\n" + "\n".join(strange)
 
 
-def test_a_message_that_nothing_says_is_seen():
-    said = _generator("messages").strings()
+def test_a_message_that_nothing_says_is_seen(said):
     assert is_said("no tokenizer at …", said)
     assert not is_said("no tokeniser at …", said)
 
@@ -110,11 +114,11 @@ def test_every_page_is_in_the_navigation():
 
 def test_an_option_has_its_type_default_and_meaning_on_its_page():
     options = _generator("options")
-    page = options.pages()["reference/commands/pretrain.md"]
+    page = options.command_page(options.COMMANDS["pretrain"], ["pretrain"])
     assert "`--train.max_tokens` · a whole number or `auto` · default `auto`" in page
     assert "Stop after this many tokens; auto: one epoch, or as max\\_steps or epochs say." in page
     assert "`--tokenizer_dir` · text · unset { #tokenizer_dir }" in page
-    data = options.pages()["reference/data-modules.md"]
+    data = options.classes_page(options.DataModule)
     assert "`--data.train_data_path` · text · needed { #TextFiles.data.train_data_path }" in data
 
 
