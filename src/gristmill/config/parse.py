@@ -29,6 +29,7 @@ ALIASES = {
     "--data.path": "--data.data_path",
     "--tokenizer_path": "--tokenizer_dir",
     "--checkpoint_path": "--checkpoint_dir",
+    "--sys_prompt": "--system",
     "--checkpoint_file": "--checkpoint_dir",
     "--config_name": "--model_name",
     "--source_path": "--input_dir",

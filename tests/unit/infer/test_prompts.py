@@ -40,8 +40,9 @@ def test_the_prompt_itself():
 
 
 def test_without_any_it_is_the_default(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", Path(os.devnull).open())
-    assert read_prompts(None, None)[0].text == DEFAULT
+    with Path(os.devnull).open() as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        assert read_prompts(None, None)[0].text == DEFAULT
     # Where there is no file behind it at all.
     monkeypatch.setattr(sys, "stdin", io.StringIO("not read"))
     assert read_prompts(None, None)[0].text == DEFAULT
