@@ -116,11 +116,11 @@ class Merge:
     """Write an adapter and its base as one ordinary model, and compare what was written."""
 
     checkpoint_dir: str | None = None
-    """The adapter: a run of `finetune lora` or one of its checkpoints, PEFT's directory, or LitGPT's
-    with lit_model.pth.lora; the first word after the command."""
+    """The adapter: PEFT's directory, a checkpoint of `finetune lora`, or LitGPT's directory with
+    lit_model.pth.lora; the first word after the command."""
     output_dir: str | None = None
     """Directory to write, which must not exist or be empty; the second word after the command.
-    Unset: DIR-merged, and of LitGPT's directory lit_model.pth in it, as LitGPT does."""
+    Unset: merged-NAME beside the adapter; LitGPT's is merged in its place, as LitGPT does."""
     pretrained_checkpoint_dir: str | None = None
     """The base; unset: the one that the adapter names."""
     format: Literal["hf", "litgpt"] = "hf"

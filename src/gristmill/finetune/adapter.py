@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from gristmill.config.finetune import FinetuneAdapter
 from gristmill.config.model import AdaptionPrompt, ModelConfig
-from gristmill.finetune.lora import refuse_tensor_parallel
-from gristmill.formats import peft as peft_files
+from gristmill.finetune.lora import refuse_tensor_parallel, write_adapter
 from gristmill.formats import tuned
 from gristmill.formats.adapted import is_prompt
 from gristmill.formats.beside import building
@@ -23,7 +22,6 @@ from gristmill.models import zoo
 from gristmill.models.init import initial_value
 from gristmill.models.prompt import Prompt
 from gristmill.parallel.weights import put
-from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.method import Method
 from gristmill.util.errors import UserError
 
@@ -109,9 +107,7 @@ class Adapter(Method):
         config, base = self._with_prompt(job.model), str(job.start_dir.resolve())
         prompts = {name: value for name, value in weights.items() if is_prompt(name)}
         with building(final) as directory:
-            peft_files.write(directory, prompt_files(config, prompts, base=base))
-            if job.tokenizer_dir is not None:
-                Tokenizer.load(job.tokenizer_dir).save(directory)
+            write_adapter(job, directory, prompt_files(config, prompts, base=base))
             for name, text in files.items():
                 (directory / name).write_text(text, encoding="utf-8")
         why = peft_lacks_prompts(config)

@@ -8,6 +8,7 @@ row of W + alpha / r * B A to a length that is trained as well.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from gristmill.config.finetune import FinetuneLora
 from gristmill.config.model import ModelConfig
 from gristmill.formats import peft as peft_files
 from gristmill.formats import tuned
+from gristmill.formats.adapted import AdapterFiles
 from gristmill.formats.hf import write as write_model_dir
 from gristmill.formats.model_dir import load_weights, open_model_dir
 from gristmill.formats.peft_lora import lora_files
@@ -29,6 +31,7 @@ from gristmill.models.counts import parameter_shapes
 from gristmill.models.device import weight_dtype
 from gristmill.models.init import generator_of
 from gristmill.parallel.weights import put
+from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.method import Method
 from gristmill.util.errors import UserError
 
@@ -161,13 +164,22 @@ class Lora(Method):
             tokenizer_dir=job.tokenizer_dir,
             dtype=weight_dtype(job.precision),
             extra_files=files,
-            write_more=lambda directory: peft_files.write(directory / ADAPTER_DIR, written),
+            write_more=lambda directory: write_adapter(job, directory / ADAPTER_DIR, written),
         )
         print(
             f"{final} is the base with the adapter in it; {final / ADAPTER_DIR} is the adapter "
             "alone, for PEFT.",
             file=sys.stderr,
         )
+
+
+def write_adapter(job: Job, directory: Path, files: AdapterFiles) -> None:
+    """Write an adapter with the tokenizer and the prompts that it was trained with."""
+    peft_files.write(directory, files)
+    if job.tokenizer_dir is not None:
+        Tokenizer.load(job.tokenizer_dir).save(directory)
+    for name, text in job.tokenizer_files.items():
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def targets(model: ModelConfig, cfg: FinetuneLora) -> list[str]:
@@ -189,6 +201,24 @@ def add_lora(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None
     on; those of adapters are fp32, without values where the model is on the meta device. Raises
     UserError where PEFT is not installed.
     """
+    shown = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # of other packages' kernels that this machine lacks
+    try:
+        _inject(model, settings, names)
+    finally:
+        logging.disable(shown)
+    for name in names:
+        layer = model.get_submodule(name)
+        for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
+            layer.get_submodule(part).float()
+    if HEAD in names:
+        # The decoder multiplies with the head's matrix and does not call the head: it gets the sum.
+        head: Any = model.get_submodule(HEAD)
+        head.__class__ = type("AdaptedHead", (type(head),), {"weight": property(_sum)})
+
+
+def _inject(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None:
+    """Put PEFT's modules around linear layers."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -205,14 +235,6 @@ def add_lora(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None
         bias="none",
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    for name in names:
-        layer = model.get_submodule(name)
-        for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
-            layer.get_submodule(part).float()
-    if HEAD in names:
-        # The decoder multiplies with the head's matrix and does not call the head: it gets the sum.
-        head: Any = model.get_submodule(HEAD)
-        head.__class__ = type("AdaptedHead", (type(head),), {"weight": property(_sum)})
 
 
 def _sum(head: Any) -> Tensor:

@@ -72,7 +72,7 @@ def _say_merged(place: Path, source: ModelDir) -> None:
 def _beside(path: Path) -> Path:
     """Where the merged model goes if nothing is said."""
     full = path.resolve()
-    return full.with_name(f"{full.name}-merged")
+    return full.with_name(f"merged-{full.name}")
 
 
 def _move_in(out: Path, place: Path) -> None:
