@@ -216,8 +216,10 @@ class Tutorials:
 
     def hub(self) -> Hub:
         """A hub that holds them."""
+        early = Repository(self.models["EleutherAI/pythia-14m"], revisions=("main", "step3000"))
         return Hub(
-            models={
+            models={"org/name": early}
+            | {
                 name: Repository(files, gated=name.startswith("meta-llama/"))
                 for name, files in self.models.items()
             },

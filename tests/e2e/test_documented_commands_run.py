@@ -1,0 +1,135 @@
+"""Every command of the documentation under a line `<!-- cpu -->` runs, in the order of its page.
+
+The mark is for the lines up to the next empty one. What the commands name is there as a small
+stand-in; commands that train get options that make them short, and `chat` a line to answer.
+"""
+
+from __future__ import annotations
+
+import io
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import small
+import tutorial_world
+
+from gristmill.cli import main
+from gristmill.config.scripts import translate
+
+pytestmark = pytest.mark.slow
+
+DOCS = Path(__file__).parents[2] / "docs"
+MARK = "<!-- cpu -->"
+TRAINING = (
+    *tutorial_world.SHORT,
+    *("--train.max_steps", "2", "--train.max_seq_length", "32", "--train.global_batch_size", "4"),
+    *("--train.micro_batch_size", "4"),
+)
+SAMPLING = ("--max_new_tokens", "4", "--precision", "32-true")
+EXTRA = {"pretrain": TRAINING, "finetune": TRAINING, "generate": SAMPLING, "chat": SAMPLING}
+SHARED = "/shared/"
+OUTPUTS = ("--output_dir", "--out_dir", "--destination_path", "--target_dir")
+
+
+def marked(page: Path) -> list[list[str]]:
+    """The words of each command under a mark."""
+    lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    found: list[list[str]] = []
+    for start in (n for n, line in enumerate(lines) if line.strip() == MARK):
+        block = iter(lines[start + 1 :])
+        line = next(line for line in block if line.strip())
+        while line.strip() and line.strip() != "```":
+            words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            if words and not line.startswith("```"):
+                assert words[0] == "gristmill", f"{page.name}: {line}"
+                found.append(words[1:])
+            line = next(block, "")
+    return found
+
+
+PAGES = [page for page in sorted(DOCS.rglob("*.md")) if marked(page)]
+
+
+class StandIns:
+    """What the pages name, each in the layout of the real one, made when a command needs it."""
+
+    def __init__(self, place: Path, finished: Path, sentencepiece: bytes) -> None:
+        self.place, self.finished, self.sentencepiece = place, finished, sentencepiece
+        self.makers: dict[str, Callable[[Path], object]] = {
+            "books": small.write_novels,
+            "text": lambda path: [small.write_novels(path / name) for name in ("web", "books")],
+            "raw": self.records,
+            "out/quickstart/text": self.functions,
+            "tok": self.tokenizer,
+            "tokenizers/books": self.tokenizer,
+            "data/books": self.dataset,
+            "OUT": self.dataset,
+            "out/run": lambda path: shutil.copytree(finished / "run", path),
+            "custom_pretraining_data": tutorial_world.folder_of_texts,
+            "custom_pretraining_data_2": lambda path: tutorial_world.folder_of_texts(path, 1),
+            "data/slimpajama-raw": tutorial_world.slimpajama,
+            "data/starcoderdata-raw": tutorial_world.starcoder,
+            "data/RedPajama-Data-1T-Sample": tutorial_world.redpajama_sample,
+            "checkpoints/lit-llama/tokenizer.model": self.tokenizer_model,
+            f"{place}/shared/team": tutorial_world.fineweb,
+            f"{place}/shared/cluster/checkpoints": self.tokenizer_of_llama3,
+        }
+
+    def for_command(self, words: list[str]) -> None:
+        """Make what the command reads and is not there."""
+        read = [word for n, word in enumerate(words) if n and words[n - 1] not in OUTPUTS]
+        read = [word.partition("=")[2] or word for word in read if not word.startswith(OUTPUTS)]
+        for name, make in self.makers.items():
+            path = self.place / name
+            if not path.exists() and any(f"{word}/".startswith(f"{name}/") for word in read):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                make(path)
+
+    def records(self, path: Path) -> None:
+        rows = [{"text": t, "body": t, "lang": "en"} for t in tutorial_world.texts(200, 60)]
+        tutorial_world.put_lines(path / "a.jsonl", rows)
+
+    def functions(self, path: Path) -> None:
+        path.mkdir()
+        functions = (f"def f{n}(x):\n    return x + {n}\n" for n in range(3000))
+        (path / "mill.py").write_text("\n".join(functions))
+
+    def tokenizer(self, path: Path) -> None:
+        shutil.copytree(self.finished / "tokenizer", path)
+
+    def tokenizer_model(self, path: Path) -> None:
+        path.write_bytes(self.sentencepiece)
+
+    def tokenizer_of_llama3(self, path: Path) -> None:
+        self.tokenizer(path / "meta-llama/Meta-Llama-3-8B")
+
+    def dataset(self, path: Path) -> None:
+        source = str(self.finished / "novels")
+        words = ["prepare", "textfiles", "--input_dir", source, "--val_fraction", "0.1"]
+        words += ["--output_dir", str(path), "--tokenizer_dir", str(self.finished / "tokenizer")]
+        assert main(words) == 0
+
+
+def test_pages_have_marks():
+    names = {page.name for page in PAGES}
+    assert {"litgpt.md", "tinyllama.md", "lit-llama.md", "ray.md", "quickstart.md"} <= names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_commands_marked_cpu_run(page, place, world, tutorials, monkeypatch, capsys):
+    monkeypatch.setattr("gristmill.config.scripts.on_ray", lambda: False)
+    stand_ins = StandIns(place, world, tutorials.sentencepiece)
+    for words in marked(page):
+        words = [word.replace(SHARED, f"{place}{SHARED}") for word in words]
+        stand_ins.for_command(words)
+        meant = translate(words)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n\n"))
+        extra = EXTRA.get(meant[0], ()) if meant[1:] and "list" not in meant else ()
+        try:
+            code = main([*words, *extra])
+        except SystemExit as left:  # --help
+            code = left.code
+        assert code == 0, (shlex.join(words), capsys.readouterr().err[-2000:])
