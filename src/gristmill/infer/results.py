@@ -27,10 +27,10 @@ class ResultFile:
 
     def __init__(self, path: str, job: Mapping[str, Any], *, overwrite: bool) -> None:
         self.path = Path(path).expanduser()
-        self.partial = self.path.with_name(self.path.name + ".partial")
         self.done: set[Place] = set()
         if self.path.is_dir():
             raise UserError(f"--output {path} is a directory. name a file, such as texts.jsonl.")
+        self.partial = self.path.with_name(self.path.name + ".partial")
         if self.path.exists() and not overwrite:
             raise UserError(
                 f"{path} exists. name another file, or replace it with --overwrite true.",

@@ -1,3 +1,4 @@
+import json
 import re
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from gristmill.formats import hf
 from gristmill.formats.model_dir import load_model
 from gristmill.infer.generate import generate
 from gristmill.infer.load import load, model_name, use_few_threads
+from gristmill.infer.results import ResultFile
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -170,3 +172,164 @@ def test_rows_behind_the_tokenizer_are_never_chosen(base_model, tmp_path):
     loaded = load(tmp_path / "padded", "cpu", "32-true")
     ids = loaded.prompt_ids("Some text")
     assert max(loaded.stream(ids, Sampling(max_new_tokens=20, temperature=0.0))) < 260
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def prompt_file(tmp_path, *prompts):
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(prompt + "\n" for prompt in prompts))
+    return str(path)
+
+
+PROMPTS = ["the mill", "a", "ran under a grey stone wheel", "old Anna"]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 5}, {"repetition_penalty": 1.4}])
+def test_prompts_of_a_file_are_continued_as_each_alone(base_model, tmp_path, capsys, options):
+    alone = [run(capsys, base_model, prompt=prompt, **options).out for prompt in PROMPTS]
+    file = prompt_file(tmp_path, *PROMPTS)
+    for batch_size in (1, 3, "auto"):
+        together = run(
+            capsys, base_model, prompt=None, prompt_file=file, batch_size=batch_size, **options
+        )
+        assert together.out == "".join(alone)
+        positions = [together.err.index(prompt + "\n") for prompt in PROMPTS]
+        assert positions == sorted(positions)
+    assert "48 tokens in 4 texts" in together.err
+
+
+def test_samples_at_once_are_those_one_after_the_other(base_model, capsys):
+    one_by_one = run(capsys, base_model, num_samples=3, seed=2)
+    at_once = run(capsys, base_model, num_samples=3, seed=2, batch_size=3)
+    assert at_once.out == one_by_one.out
+    assert "Writing 3 texts, 3 at a time." in at_once.err
+
+
+def test_output_has_everything(base_model, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    source = tmp_path / "p.jsonl"
+    source.write_text('{"prompt": "the mill", "id": 7}\n{"prompt": "a"}\n')
+    options = {"prompt": None, "prompt_file": str(source), "num_samples": 2, "seed": 3}
+    shown = run(capsys, base_model, output=str(out), **options)
+    assert shown.out == ""
+    assert f"Texts: {out}" in shown.err
+    records = lines(out)
+    assert [(r["prompt"], r["sample"], r["seed"]) for r in records] == [
+        ("the mill", 0, 3),
+        ("the mill", 1, 4),
+        ("a", 0, 3),
+        ("a", 1, 4),
+    ]
+    assert records[0]["id"] == records[1]["id"] == 7
+    alone = run(capsys, base_model, prompt="a", seed=4).out
+    assert records[3]["completion"] + "\n" == alone
+    assert (records[3]["prompt_tokens"], records[3]["tokens"]) == (2, 12)
+    assert records[3]["stop"] == "max_new_tokens"
+    piped = run(capsys, base_model, output="-", **options).out
+    assert piped == out.read_text()
+
+
+def test_interrupted_output_goes_on(base_model, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    options = {"prompt": None, "prompt_file": prompt_file(tmp_path, *PROMPTS), "batch_size": 1}
+    run(capsys, base_model, output=str(tmp_path / "whole.jsonl"), **options)
+    add, added = ResultFile.add, []
+
+    def interrupted(self, place, record):
+        add(self, place, record)
+        added.append(place)
+        if len(added) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResultFile, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, base_model, output=str(out), **options)
+    assert re.search(r"2 of 4 texts are kept in .*out.jsonl.partial", capsys.readouterr().err)
+    shown = run(capsys, base_model, output=str(out), **options)
+    assert "2 texts are there already" in shown.err
+    assert added == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_stop_texts_end_a_text_and_are_left_out(base_model, tmp_path, capsys):
+    whole = run(capsys, base_model, temperature=0, max_new_tokens=30).out
+    stop = whole[5:8]
+    expected = whole[: whole.index(stop)]
+    cut = run(capsys, base_model, temperature=0, max_new_tokens=30, stop=stop)
+    assert cut.out == expected + "\n"
+    out = tmp_path / "out.jsonl"
+    options = {"temperature": 0, "max_new_tokens": 30, "stop": ["never", stop]}
+    run(capsys, base_model, output=str(out), **options)
+    assert (lines(out)[0]["completion"], lines(out)[0]["stop"]) == (expected, "stop")
+
+
+def test_special_tokens_in_a_prompt(base_model, chat_model, capsys):
+    loaded = load(chat_model, "cpu", "32-true")
+    plain = loaded.prompt_ids("a<|end|>")
+    read = loaded.prompt_ids("a<|end|>", special=True)
+    assert len(read) == 3 < len(plain)
+    # A prompt that begins with BOS does not get a second one.
+    bos = loaded.tokenizer.bos_id
+    assert loaded.prompt_ids("<bos>a", special=True) == [bos, *loaded.tokenizer.encode("a")]
+    err = run(capsys, chat_model, prompt="a<|end|><|start|>").err
+    assert "<|end|>, <|start|> in a prompt is plain text; --special_tokens true" in err
+    assert "plain text" not in run(capsys, chat_model, prompt="<|end|>", special_tokens=True).err
+
+
+def test_a_prompt_in_the_chat_template(chat_model, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    source = tmp_path / "p.jsonl"
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
+    source.write_text(json.dumps({"messages": messages}))
+    options = {"temperature": 0}
+    run(capsys, chat_model, prompt=None, prompt_file=str(source), output=str(out), **options)
+    reply = lines(out)[0]["completion"]
+    assert run(capsys, chat_model, prompt="hi", system="be kind", **options).out == reply + "\n"
+    assert run(capsys, chat_model, prompt="hi", chat=True, **options).out != reply + "\n"
+    with pytest.raises(UserError, match=r"have a system prompt already"):
+        run(capsys, chat_model, prompt=None, prompt_file=str(source), system="no", **options)
+
+
+def test_a_chat_without_a_template(base_model, capsys):
+    for options in ({"chat": True}, {"system": "be kind"}):
+        with pytest.raises(UserError, match="needs a chat template, and model has none"):
+            run(capsys, base_model, **options)
+
+
+def test_another_tokenizer(base_model, tmp_path, capsys):
+    for file in base_model.iterdir():
+        if not file.name.startswith("tokenizer"):
+            (tmp_path / file.name).symlink_to(file)
+    expected = run(capsys, base_model, temperature=0).out
+    assert run(capsys, tmp_path, temperature=0, tokenizer_dir=str(base_model)).out == expected
+    with pytest.raises(UserError, match="no tokenizer at"):
+        run(capsys, base_model, tokenizer_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size 0"),
+        ({"overwrite": True}, "replaces the file of --output"),
+        ({"prompt_file": "p.txt"}, "both given"),
+        ({"output": "."}, "is a directory"),
+        ({"min_p": 2.0}, "min_p"),
+    ],
+)
+def test_options_that_cannot_be(base_model, capsys, options, message):
+    with pytest.raises(UserError, match=message):
+        run(capsys, base_model, **options)
+
+
+def test_mistakes_in_a_file_name_the_line_before_anything_is_written(base_model, tmp_path, capsys):
+    file = prompt_file(tmp_path, "fine", "", "x" * 200)
+    with pytest.raises(UserError, match=r"line 3 of .*prompts.txt: the prompt leaves no room"):
+        run(capsys, base_model, prompt=None, prompt_file=file)
+    assert "Writing" not in capsys.readouterr().err
+    source = tmp_path / "p.jsonl"
+    source.write_text('{"prompt": "a", "completion": "b"}')
+    with pytest.raises(UserError, match=r"line 1 of .*the results have too \(completion\)"):
+        run(capsys, base_model, prompt=None, prompt_file=str(source), output="-")
