@@ -7,12 +7,14 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from gristmill.config.use_commands import Sampling
 from gristmill.formats.model_dir import load_model
 from gristmill.formats.tokenizer_files import load_tokenizer
+from gristmill.infer.quantize import quantize as round_weights
 from gristmill.infer.stops import StopText
 from gristmill.models.batching import Batch
 from gristmill.models.decoder import Decoder
@@ -24,6 +26,7 @@ from gristmill.models.device import (
     resolve_precision,
     weight_dtype,
 )
+from gristmill.models.few_rows import use_few_rows
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -189,12 +192,13 @@ def load(
     precision: str,
     *,
     tokenizer_dir: str | Path | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
 ) -> LoadedModel:
     """The model in a directory of any kind, on the device and in the precision asked for.
 
     `auto` precision is bf16-true where the device computes bf16, else 32-true. `tokenizer_dir`
-    unset takes the tokenizer that lies with the model. Raises UserError when there is no such
-    directory, or no model or tokenizer in it.
+    unset takes the tokenizer that lies with the model. `quantize` rounds the matrices of linear
+    layers. Raises UserError when there is no such directory, or no model or tokenizer in it.
     """
     if checkpoint_dir is None:
         raise UserError(
@@ -209,6 +213,10 @@ def load(
     if model.config.num_token_ids is None and tokenizer.num_token_ids < model.config.vocab_size:
         # Rows behind the last token were never trained and could win over trained ones.
         model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)
+    # Without it, because the processor has other units or there is no compiler, torch's are used.
+    use_few_rows(model)
+    if quantize is not None:
+        round_weights(model, quantize, chosen)
     return LoadedModel(model_name(checkpoint_dir), model, tokenizer, chosen, resolved)
 
 

@@ -13,7 +13,7 @@ A block, with x the residual stream; a normalisation that a model lacks does not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +115,8 @@ class Decoder(nn.Module):
         """What this process computes of each block: fewer heads where several share them."""
         self.compiled = False
         """Whether blocks and the loss's softmax are compiled; for the one who does it to set."""
+        self.linear: Callable[..., Tensor] = F.linear
+        """How the head multiplies; for the one who has something faster."""
         self.vocabulary: VocabularyShard | None = None
         """Which rows of embedding and head this process has; unset: all."""
         self.sequence: SequenceShard | None = None
@@ -212,7 +214,7 @@ class Decoder(nn.Module):
         if self.vocabulary is not None:
             return self.vocabulary.gather(F.linear(hidden, *self.own_head))[..., :count]
         bias = None if self.head_bias is None else self.head_bias[:count]
-        return F.linear(hidden, self.head_weight, bias)
+        return self.linear(hidden, self.head_weight, bias)
 
     def hidden(
         self,

@@ -1,0 +1,171 @@
+"""Products of a few rows with a large matrix, as fast as memory gives the matrix.
+
+Decoding multiplies one row for each sequence with every matrix of the model. torch's product on a
+CPU reads bf16 at about half of the memory's bandwidth then. The kernel in `few_rows.cpp` is built
+when it is first asked for (some seconds) and kept in the user's cache directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gristmill.models.decoder import Decoder
+from gristmill.util.paths import user_cache_dir
+
+MOST_ROWS = 16
+"""More rows than this are a matrix product, which torch is better at."""
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared")
+FLAGS += ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
+FLAGS += ("-mamx-tile", "-mamx-bf16")
+
+
+class FewRowsLinear(nn.Linear):
+    """An `nn.Linear` in bf16 whose products of few rows go through the kernel; for inference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] times the matrix, [..., out]."""
+        return linear(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose matrix is int8, each row with a scale of its own; for inference.
+
+    `weight` int8 [out, in], `scale` [out]; what is computed is (x weight^T) * scale + bias.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.contiguous())
+        self.register_buffer("scale", scale.contiguous())
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] times the matrix, [..., out]."""
+        if _fits(x, self.weight):
+            return _product(x, self.weight, self.scale, self.bias)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def use_few_rows(model: Decoder) -> str | None:
+    """Have the linear layers of a model in bf16 on a CPU use the kernel; None, or why not."""
+    weights = {p.dtype for p in model.parameters()}
+    devices = {p.device.type for p in model.parameters()}
+    if devices != {"cpu"} or torch.bfloat16 not in weights:
+        return "it is for bf16 on a CPU"
+    if reason := build():
+        return reason
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
+            module.__class__ = FewRowsLinear
+    model.linear = linear
+    return None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` without gradients, through the kernel where it is built and x has few rows."""
+    if _fits(x, weight):
+        return _product(x, weight, None, bias)
+    return F.linear(x, weight, bias)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        math.prod(x.shape[:-1]) <= MOST_ROWS
+        and x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and weight.dtype in (torch.bfloat16, torch.int8)
+        and weight.is_contiguous()
+        and weight.shape[1] % 32 == 0
+        and weight.shape[0] >= 32
+        and not torch.is_grad_enabled()
+        and is_built()
+    )
+
+
+def _product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    y = torch.ops.gristmill.few_rows(rows, weight, scale, bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+_state: dict[str, str | None] = {}
+
+
+def is_built() -> bool:
+    """Whether this process has the kernel."""
+    return _state.get("reason", "not asked for") is None
+
+
+def build() -> str | None:
+    """Build the kernel or load it from the cache; None, or why this process goes without."""
+    if "reason" not in _state:
+        try:
+            torch.ops.load_library(_library())
+            torch.library.register_fake("gristmill::few_rows", _fake)
+            _state["reason"] = None
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            detail = getattr(error, "stderr", None) or str(error)
+            _state["reason"] = (detail.strip().splitlines() or [type(error).__name__])[0]
+    return _state["reason"]
+
+
+def _fake(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _library() -> Path:
+    """The shared library, built unless it is in the cache."""
+    if platform.system() != "Linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
+        raise RuntimeError("the processor has no AMX")
+    compiler = _compiler()
+    source = Path(__file__).with_suffix(".cpp")
+    parts = (source.read_bytes(), torch.__version__.encode(), " ".join(FLAGS).encode())
+    name = f"few_rows-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    for folder in (user_cache_dir() / "compiled", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK):
+                break
+        except OSError:
+            continue
+    built = folder / name
+    if not built.is_file():
+        _compile(compiler, source, built)
+    return built
+
+
+def _compile(compiler: str, source: Path, built: Path) -> None:
+    root = Path(torch.__file__).parent
+    fresh = built.with_suffix(f".{os.getpid()}.so")
+    command = [compiler, *FLAGS, f"-I{root / 'include'}", str(source), "-o", str(fresh)]
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    try:
+        subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
+        # Whoever builds it at the same time puts the same there.
+        os.replace(fresh, built)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@functools.cache
+def _compiler() -> str:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise RuntimeError("no C++ compiler is on the PATH (install g++)")
