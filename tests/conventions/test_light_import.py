@@ -50,6 +50,7 @@ def test_light_modules_import_nothing_heavy(package):
         (["pretrain", "--data.help", "TextFiles"], "train_data_path"),
         (["prepare", "--help"], "--input_dir"),
         (["generate", "--help"], "--max_new_tokens"),
+        (["serve", "--help"], "--queue_size"),
         (["download"], "EleutherAI/pythia-14m"),
         (["export", "--help"], "--max_shard_size"),
     ],

@@ -113,14 +113,9 @@ def build_app(service: Service) -> ASGIApp:
         assert isinstance(error, Refused)
         return JSONResponse(error_body(error), error.status, error.headers)
 
-    async def nowhere(request: Request, error: Exception) -> Response:
-        status = int(getattr(error, "status_code", 404))
-        paths = "GET /health, GET /v1/models, POST /v1/completions, POST /v1/chat/completions"
-        said = Refused(
-            f"there is no {request.method} {request.url.path[:100]} here. what there is: {paths}.",
-            status=status,
-        )
-        return JSONResponse(error_body(said), status, getattr(error, "headers", None))
+    async def nowhere(request: Request, error: Any) -> Response:
+        said = _no_such_path(request.method, request.url.path, error.status_code)
+        return JSONResponse(error_body(said), said.status, error.headers)
 
     app.add_api_route("/health", health, methods=["GET", "HEAD"])
     app.add_api_route("/v1/models", models, methods=["GET"])
@@ -131,6 +126,13 @@ def build_app(service: Service) -> ASGIApp:
     app.add_exception_handler(404, nowhere)
     app.add_exception_handler(405, nowhere)
     return _Guard(app, service)
+
+
+def _no_such_path(method: str, path: str, status: int) -> Refused:
+    paths = "GET /health, GET /v1/models, POST /v1/completions, POST /v1/chat/completions"
+    return Refused(
+        f"there is no {method} {path[:100]} here. what there is: {paths}.", status=status
+    )
 
 
 class _Guard:
