@@ -21,9 +21,10 @@ def write_samples(
     *,
     max_new_tokens: int,
     seed: int,
+    bos: bool,
     autocast: torch.dtype | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, the prompt left out.
+    """What the model writes after each prompt, begun with BOS or not, the prompt left out.
 
     The model is used as it stands, in its training type, and stays as it is; random choices come
     from a source of their own, the same at every call. Blocks run uncompiled: every new length
@@ -39,8 +40,8 @@ def write_samples(
     try:
         with eager:
             return [
-                _continued(model, tokenizer, prompt, max_new_tokens, seed, autocast, device)
-                for prompt in prompts
+                _continued(model, tokenizer, ids, max_new_tokens, seed, autocast, device)
+                for ids in (tokenizer.encode(prompt, bos=bos) for prompt in prompts)
             ]
     finally:
         model.compiled = compiled
@@ -50,13 +51,13 @@ def write_samples(
 def _continued(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompt: str,
+    ids: list[int],
     max_new_tokens: int,
     seed: int,
     autocast: torch.dtype | None,
     device: torch.device,
 ) -> str:
-    ids = tokenizer.encode(prompt, bos=tokenizer.adds_bos) or [tokenizer.eos_id or 0]
+    ids = ids or [tokenizer.eos_id or 0]
     ids = ids[-max(1, model.config.max_seq_length - max_new_tokens) :]
     new = generate_tokens(
         Context(model, autocast=autocast),

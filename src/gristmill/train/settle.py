@@ -23,6 +23,7 @@ from gristmill.data.reading.stream import TokenStream
 from gristmill.data.reading.training import document_mask, training_stream
 from gristmill.data.storage import is_url
 from gristmill.formats.download import own_tokenizer
+from gristmill.formats.hf import with_bos_policy
 from gristmill.formats.model_dir import open_model_dir, read_config
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.models import counts, zoo
@@ -98,6 +99,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
         going_on=record is not None,
         exportable=exportable,
         start_dir=_start_dir(cfg),
+        tokenizer_files=_tokenizer_files(cfg, train_set, tokenizer_dir),
     )
     check_disk(job)
     return job
@@ -312,6 +314,21 @@ def is_exportable(model: ModelConfig, *, refuse: bool) -> bool:
             ) from None
         return False
     return True
+
+
+def _tokenizer_files(cfg: Pretrain, dataset: Corpus, tokenizer_dir: Path | None) -> dict[str, str]:
+    """What makes the model's tokenizer say that prompts begin as the documents did, if need be.
+
+    A model that was trained before keeps what its files say: few of its tokens were the dataset's.
+    """
+    if tokenizer_dir is None or cfg.initial_checkpoint_dir is not None:
+        return {}
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    if tokenizer.bos_id is not None:
+        for first, adds_bos in ((tokenizer.bos_id, True), (None, False)):
+            if dataset.begins_with(first):
+                return with_bos_policy(tokenizer, adds_bos=adds_bos)
+    return {}
 
 
 def _data_name(data: DataModule, corpus: Corpus) -> str:

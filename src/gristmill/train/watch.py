@@ -5,11 +5,13 @@ None of it changes what is trained. All of it happens on rank 0, except that eve
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import torch
 
 from gristmill.config.commands import Training
+from gristmill.formats.hf import TOKENIZER_WORDS
 from gristmill.models.decoder import Decoder
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.evaluation import Evaluation
@@ -99,6 +101,11 @@ class Watch:
             )
         return Tokenizer.load(job.tokenizer_dir)
 
+    def _adds_bos(self) -> bool:
+        """Whether prompts begin with BOS, as the files of the run's model say it."""
+        said = json.loads(self._run.job.tokenizer_files.get(TOKENIZER_WORDS, "{}"))
+        return bool(said.get("add_bos_token", self._tokenizer.adds_bos))
+
     def _sample(self) -> None:
         run = self._run
         job = run.job
@@ -111,6 +118,7 @@ class Watch:
             self._prompts,
             max_new_tokens=job.cfg.eval.sample_tokens or SAMPLE_TOKENS,
             seed=job.cfg.seed % 2**63,
+            bos=self._adds_bos(),
             autocast=torch.bfloat16 if mixed else None,
         )
         for number, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
