@@ -1,3 +1,4 @@
+import itertools
 import subprocess
 import sys
 
@@ -73,3 +74,63 @@ def test_importing_the_package_and_its_names_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = gristmill.nothing
+
+
+PROMPTS = ["the mill", "a", "old Anna counted"]
+
+
+def test_a_list_of_prompts_is_a_list_of_texts(llm):
+    options = {"max_new_tokens": 10, "seed": 3}
+    alone = [llm.generate(prompt, **options) for prompt in PROMPTS]
+    assert llm.generate(PROMPTS, batch_size=2, **options) == alone
+    assert llm.generate(tuple(PROMPTS), **options) == alone
+    pieces = list(llm.generate(PROMPTS, stream=True, **options))
+    joined = ["".join(piece for n, piece in pieces if n == number) for number in range(3)]
+    assert joined == alone
+    # They come as they are written, not one text after the other.
+    assert {number for number, _ in pieces[:9]} == {0, 1, 2}
+    assert llm.generate([]) == []
+
+
+def test_stop_texts(llm):
+    whole = llm.generate("a", 20, temperature=0)
+    stop = whole[6:8]
+    assert llm.generate("a", 20, temperature=0, stop=stop) == whole[: whole.index(stop)]
+    cut = llm.generate(["a"], 20, temperature=0, stop=["never", stop])
+    assert cut == [whole[: whole.index(stop)]]
+
+
+def test_streams_do_not_disturb_each_other(llm):
+    alone = [llm.generate(prompt, 12, temperature=0) for prompt in PROMPTS]
+    streams = [llm.generate(prompt, 12, temperature=0, stream=True) for prompt in PROMPTS]
+    texts = ["", "", ""]
+    for pieces in itertools.zip_longest(*streams, fillvalue=""):
+        texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+    assert texts == alone
+
+
+def test_mistakes_are_raised_at_the_call(llm):
+    for prompt in ("x" * 200, ["a", "x" * 200]):
+        with pytest.raises(UserError, match="leaves no room"):
+            llm.generate(prompt, stream=True)
+    with pytest.raises(UserError, match="temperature must be 0 or more"):
+        llm.generate(["a"], temperature=-1.0, stream=True)
+    with pytest.raises(UserError, match="batch_size 0"):
+        llm.generate(["a"], batch_size=0)
+
+
+def test_chat(chat_model, base_model):
+    llm = gristmill.LLM.load(chat_model, device="cpu", precision="32-true")
+    reply = llm.chat("hi", 8, temperature=0)
+    messages = [{"role": "user", "content": "hi"}]
+    assert llm.chat(messages, 8, temperature=0) == reply
+    assert "".join(llm.chat("hi", 8, temperature=0, stream=True)) == reply
+    longer = [*messages, {"role": "assistant", "content": reply}, *messages]
+    assert llm.chat(longer, 8, temperature=0) != reply
+    for nonsense in ([], [{"role": "user"}], 7, {"role": "user", "content": "hi"}):
+        with pytest.raises(UserError, match="is no conversation"):
+            llm.chat(nonsense)
+    base = gristmill.LLM.load(base_model, "cpu", "32-true", tokenizer_dir=chat_model)
+    assert base.chat("hi", 4)
+    with pytest.raises(UserError, match="needs a chat template"):
+        gristmill.LLM.load(base_model, "cpu", "32-true").chat("hi")
