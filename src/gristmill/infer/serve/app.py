@@ -54,6 +54,10 @@ class Service:
     api_key: str | None
     created: int = field(default_factory=lambda: int(time.time()))
 
+    def described(self) -> Json:
+        """What /v1/models says."""
+        return model_body(self.model, self.created, self.reader.limits.max_length)
+
 
 @dataclass
 class Account:
@@ -80,15 +84,12 @@ def build_app(service: Service) -> ASGIApp:
         state = {"status": "ok", "active": engine.num_active, "waiting": engine.num_waiting}
         return JSONResponse(state)
 
-    def described() -> Json:
-        return model_body(service.model, service.created, service.reader.limits.max_length)
-
     async def models() -> Response:
-        return JSONResponse({"object": "list", "data": [described()]})
+        return JSONResponse({"object": "list", "data": [service.described()]})
 
     async def model(name: str) -> Response:
         service.reader.check_model(name)
-        return JSONResponse(described())
+        return JSONResponse(service.described())
 
     async def answer(request: Request, read: Callable[[bytes], Wanted]) -> Response:
         body = await _read_body(request, service.max_request_bytes)
