@@ -27,6 +27,7 @@ OUTSIDE = {
 """Files of the repository that are pages of the site, and where."""
 
 LINK = re.compile(r"(\]\()([^()\s#]+)(#[^()\s]*)?(\))")
+CELL = re.compile(r"<td[ >].*?</td>", re.DOTALL)
 CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
 BLOCK = re.compile(
     r'<div class="highlight">(<pre>(?:<[^>]*>)*(?:gristmill|srun|torchrun|python|pip|make) )'
@@ -88,9 +89,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """The page with blocks of commands marked, whose lines are broken where they are too long.
 
-    Options in code are marked, too: browsers would break them after their hyphens.
+    Options in code are marked, too: browsers would break them after their hyphens. A stroke within
+    code in a table, which GitHub wants escaped, is shown as itself.
     """
     html = BLOCK.sub(r'<div class="highlight commands">\1', html)
+    html = CELL.sub(lambda cell: cell[0].replace("\\|", "|"), html)
     return CODE.sub(lambda code: OPTION.sub(r'<span class="option">\1</span>', code[0]), html)
 
 
