@@ -150,7 +150,7 @@ def test_the_guide_on_one_machine(efs, monkeypatch):
 def test_the_settings_of_a_file(efs, tutorials, capsys, monkeypatch):
     """`--config config_hub/llama3-8b.yaml`: a file of the user's, or the recipe of that name."""
     asked = []
-    monkeypatch.setattr("gristmill.launch.ray.pretrain_on_ray", asked.append)
+    monkeypatch.setattr("gristmill.launch.ray.train_on_ray", asked.append)
     line = "python distributed_pretrain.py --config config_hub/llama3-8b.yaml"
     assert run(line) == 0
     Path("config_hub").mkdir()

@@ -154,7 +154,7 @@ def _stories() -> bytes:
 def _instructions() -> bytes:
     """Records of the Alpaca set."""
     out = io.BytesIO()
-    rows = {"instruction": texts(180, 40, 6), "input": [""] * 40, "output": texts(190, 40, 8)}
+    rows = {"instruction": texts(180, 80, 6), "input": [""] * 80, "output": texts(190, 80, 8)}
     pq.write_table(pa.table(rows), out)
     return out.getvalue()
 

@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     def say_json(self, value: object) -> None:
         self.say(200, json.dumps(value).encode(), Content_Type="application/json")
 
-    def say_file(self, name: str, data: bytes, tag: str = "") -> None:
+    def say_file(self, name: str, data: bytes, tag: str = "", **headers: str) -> None:
         """The bytes asked for, or as many as the next cut allows."""
         start, status = 0, 200
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -116,6 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         body = data[start:]
         self.send_response(status)
+        for header, value in headers.items():
+            self.send_header(header.replace("_", "-"), value)
         self.send_header("Content-Length", str(len(body)))
         if tag:
             self.send_header("ETag", tag)
@@ -174,11 +176,14 @@ class _HubHandler(_Handler):
             self.say(403 if token else 401, X_Error_Code="GatedRepo")
             return
         data = repository.files[name]
+        digest = hashlib.sha256(data).hexdigest()
+        # What the hub's own client looks for.
+        known = {"X_Repo_Commit": repository.commit, "X_Linked_ETag": f'"{digest}"'}
         if len(data) > LARGE:
-            place = f"{self.hub.store}/{hashlib.sha256(data).hexdigest()}/{quote(name)}"
-            self.say(302, Location=place)
+            place = f"{self.hub.store}/{digest}/{quote(name)}"
+            self.say(302, Location=place, X_Linked_Size=str(len(data)), **known)
         else:
-            self.say_file(name, data, '"small"')
+            self.say_file(name, data, '"small"', **known)
 
 
 class _StoreHandler(_Handler):
