@@ -23,7 +23,7 @@ AREAS = {
     "parallel": "Several devices",
     "launch": "Several devices",
     "infer": "Using a model",
-    "serve": "Serving",
+    "infer/serve": "Serving",
     "evaluate": "Evaluating",
 }
 """Folders of the package, and what people call what they do."""
@@ -75,12 +75,17 @@ def strings(package: Path = PACKAGE) -> str:
     return "\n".join(lines)
 
 
+def area_of(file: str) -> str:
+    """The part of the work that a file of the package belongs to; the longest folder counts."""
+    fit = [folder for folder in AREAS if file.startswith((f"{folder}/", f"{folder}.py"))]
+    return AREAS[max(fit, key=len)] if fit else "Others"
+
+
 def page() -> str:
     """The page: an area each, messages in alphabetical order."""
     areas: dict[str, set[tuple[str, int]]] = {}
     for file, code, text in messages():
-        folder = file.partition("/")[0].removesuffix(".py")
-        areas.setdefault(AREAS.get(folder, "Others"), set()).add((text, code))
+        areas.setdefault(area_of(file), set()).add((text, code))
     parts = [
         "# Every message",
         "What a command says when it ends badly, gathered from the code; `…` stands for a name, a "
