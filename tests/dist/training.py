@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from gristmill.parallel import gradients
 from gristmill.parallel.mesh import Mesh, close_mesh, open_mesh
 from gristmill.parallel.parallelize import parallelize
 from gristmill.parallel.weights import materialize, put
+from gristmill.train.method import Method
 
 CPU = torch.device("cpu")
 ROWS, LENGTH = 4, 32
@@ -54,6 +56,8 @@ class Case:
     z_loss: float = 0.0
     max_norm: float = 0.5
     weights: Path | None = None
+    method: Method | None = None
+    """What is trained; unset: everything."""
 
 
 @dataclass
@@ -82,8 +86,9 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def build(case: Case, mesh: Mesh) -> tuple[nn.Module, str]:
     """The decoder with its weights, on this mesh."""
     with torch.device("meta"):
-        model = Decoder(case.config)
-    model.to(torch.float32)
+        model = Decoder(case.config).to(torch.float32)
+        if case.method is not None:
+            case.method.adapt(model)
     how = parallelize(
         model,
         mesh,
@@ -93,7 +98,12 @@ def build(case: Case, mesh: Mesh) -> tuple[nn.Module, str]:
         precision=case.precision,
     )
     materialize(model, CPU)
-    if case.weights is not None:
+    if case.method is not None:
+        settings = SimpleNamespace(seed=1)
+        case.method.fill(
+            model, SimpleNamespace(start_dir=case.weights, model=case.config, cfg=settings)
+        )
+    elif case.weights is not None:
         load_weights(model, case.weights, put=put)
     else:
         init_weights(model, 1, put=put)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +43,12 @@ def merge(cfg: Merge) -> None:
         tokenizer_dir=cfg.tokenizer_dir,
         overwrite=cfg.overwrite,
     )
-    export(options, source)
-    if here:
-        _move_in(out, source.path)
+    if not here:
+        export(options, source)
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # of a place where it will not stay
+        export(options, source)
+    _move_in(out, source.path)
 
 
 def _one_type(cfg: Merge) -> Merge:
@@ -83,4 +89,9 @@ def _move_in(out: Path, place: Path) -> None:
         else:
             file.unlink()
     out.rmdir()
-    print(f"{place / litgpt_lora.MERGED} is the merged model; {place} is used as any other.")
+    merged = shlex.quote(str(place))
+    print(
+        f"{place / litgpt_lora.MERGED} is the merged model; every tensor was read back.\n"
+        f"Use it: litgpt chat {merged}\n"
+        f"        gristmill chat {merged}"
+    )

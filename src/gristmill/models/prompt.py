@@ -32,7 +32,7 @@ class Prompt(nn.Module):
 
         q: [B, heads, T, D], normalised and rotated; gathered: [B, T, heads * D].
         """
-        k, v = attention.keys_and_values(self.vectors.unsqueeze(0))
+        k, v = attention.keys_and_values(self.vectors.to(q.dtype).unsqueeze(0))
         grouped = q.unflatten(1, (k.shape[1], -1))
         scores = (grouped @ k.unsqueeze(2).transpose(-1, -2).to(q.dtype)).float()
         scores = scores * (attention.scale or q.shape[-1] ** -0.5)
