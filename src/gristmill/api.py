@@ -66,15 +66,16 @@ class LLM:
         precision: str = "auto",
         *,
         tokenizer_dir: str | Path | None = None,
+        quantize: Literal["int8", "int4"] | None = None,
     ) -> LLM:
         """The model in a directory of any kind (`final/`, a checkpoint, a run, Hugging Face).
 
-        `auto` precision is bf16-true where the device computes bf16, else 32-true. Raises
-        UserError when there is no model, or no tokenizer.
+        `auto` precision is bf16-true where the device computes bf16, else 32-true; `quantize` keeps
+        the weights in fewer bits. Raises UserError when there is no model, or no tokenizer.
         """
         from gristmill.infer.load import load
 
-        return cls(load(path, device, precision, tokenizer_dir=tokenizer_dir))
+        return cls(load(path, device, precision, tokenizer_dir=tokenizer_dir, quantize=quantize))
 
     @property
     def model(self) -> Any:

@@ -66,10 +66,12 @@ class Generate(Sampling):
     """Replace the file of --output."""
     precision: Precision | Auto = "auto"
     """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights in fewer bits, through torchao; int4 where the device has it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
-    compile: Literal["auto", "off"] = "off"
-    """auto: compile the decoding step."""
+    compile: Literal["auto", "off"] | bool = "off"
+    """Compile the decoding step: auto goes on without where that fails, true does not."""
 
 
 @dataclass(kw_only=True)
@@ -88,7 +90,9 @@ class Chat(Sampling):
     """Keep prompts for the arrow keys of later chats, in the user's state directory."""
     precision: Precision | Auto = "auto"
     """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights in fewer bits, through torchao; int4 where the device has it."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
-    compile: Literal["auto", "off"] = "off"
-    """auto: compile the decoding step."""
+    compile: Literal["auto", "off"] | bool = "off"
+    """Compile the decoding step: auto goes on without where that fails, true does not."""

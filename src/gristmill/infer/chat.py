@@ -32,7 +32,13 @@ def chat(cfg: Chat) -> None:
     """
     s: Sampling = cfg
     check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
-    loaded = load(cfg.checkpoint_dir, cfg.device, cfg.precision, tokenizer_dir=cfg.tokenizer_dir)
+    loaded = load(
+        cfg.checkpoint_dir,
+        cfg.device,
+        cfg.precision,
+        tokenizer_dir=cfg.tokenizer_dir,
+        quantize=cfg.quantize,
+    )
     use_few_threads(loaded)
     note(loaded.summary())
     conversation = Conversation(loaded, cfg.system, room=cfg.max_new_tokens)
@@ -41,7 +47,7 @@ def chat(cfg: Chat) -> None:
             "This model has no chat template: it continues each prompt as it stands and "
             "remembers no earlier one."
         )
-    context = loaded.context(compiled=cfg.compile == "auto")
+    context = loaded.context(compiled=cfg.compile)
     emit(f"Now chatting with {loaded.name}.\n{_how_to_leave(cfg.multiline)}\n")
     with _line_editing(keep=cfg.history):
         _talk(loaded, conversation, context, cfg)

@@ -51,7 +51,11 @@ def generate(cfg: Generate) -> None:
     _check_fields(cfg, prompts)
     with _destination(cfg, prompts) as file:
         loaded = load(
-            cfg.checkpoint_dir, cfg.device, cfg.precision, tokenizer_dir=cfg.tokenizer_dir
+            cfg.checkpoint_dir,
+            cfg.device,
+            cfg.precision,
+            tokenizer_dir=cfg.tokenizer_dir,
+            quantize=cfg.quantize,
         )
         use_few_threads(loaded)
         note(loaded.summary())
@@ -150,7 +154,7 @@ def _stream_each(
     loaded: LoadedModel, cfg: Generate, prompt: Prompt, tasks: dict[Place, Task]
 ) -> None:
     """One text after the other, shown as it is written."""
-    context = loaded.context(compiled=cfg.compile == "auto")
+    context = loaded.context(compiled=cfg.compile)
     stop_ids = _stop_ids(loaded, tasks)
     for index, task in enumerate(tasks.values()):
         if cfg.num_samples > 1:

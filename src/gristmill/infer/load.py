@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.infer.quantize import quantize as round_weights
 from gristmill.infer.stops import StopText
 from gristmill.models.batching import Batch
+from gristmill.models.counts import num_parameters
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, Continuation, generate_tokens
 from gristmill.models.device import (
@@ -40,19 +42,36 @@ class LoadedModel:
     tokenizer: Tokenizer
     device: torch.device
     precision: str
+    quantize: str | None = None
 
     @property
     def limit(self) -> int:
         """Longest sequence in tokens, prompt and reply together."""
         return self.model.config.max_seq_length
 
-    def context(self, *, compiled: bool = False) -> Context:
-        """An empty key-value cache for one sequence; `compiled` compiles the decoding step."""
+    def context(self, *, compiled: Literal["auto", "off"] | bool = "off") -> Context:
+        """An empty key-value cache for one sequence, its decoding step compiled if asked for.
+
+        `auto` goes on without where that fails, True raises UserError.
+        """
         autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
         context = Context(self.model, autocast=autocast)
-        if compiled and (reason := context.compile()):
-            note(f"Not compiled ({reason}); going on without.")
+        if compiled in ("auto", True):
+            self._compile(context, must=compiled is True)
         return context
+
+    @staticmethod
+    def _compile(context: Context, *, must: bool) -> None:
+        note("Compiling the decoding step …")
+        start = time.perf_counter()
+        reason = context.compile()
+        if reason and must:
+            raise UserError(f"cannot compile ({reason}). leave --compile out.")
+        note(
+            f"Not compiled ({reason}); going on without."
+            if reason
+            else f"Compiled in {time.perf_counter() - start:.1f} s."
+        )
 
     def batch(self, rows: int, max_length: int | None = None) -> Batch:
         """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit)."""
@@ -133,10 +152,11 @@ class LoadedModel:
 
     def summary(self) -> str:
         """One line: model, size, device, precision and backend."""
-        size = sum(parameter.numel() for parameter in self.model.parameters())
+        rounded = f", weights in {self.quantize}" if self.quantize else ""
+        size = num_parameters(self.model.config)
         return (
             f"Model: {self.name} ({_short(size)} parameters, context {self.limit} tokens) "
-            f"on {describe(self.device, self.precision)}"
+            f"on {describe(self.device, self.precision)}{rounded}"
         )
 
 
@@ -177,7 +197,7 @@ def use_few_threads(loaded: LoadedModel) -> None:
     than it brings, and on a busy machine ten times more. For commands only: the number of threads
     is the whole process's.
     """
-    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    size = num_parameters(loaded.model.config)
     if (
         loaded.device.type == "cpu"
         and size < ONE_THREAD_PARAMETERS
@@ -217,7 +237,8 @@ def load(
     use_few_rows(model)
     if quantize is not None:
         round_weights(model, quantize, chosen)
-    return LoadedModel(model_name(checkpoint_dir), model, tokenizer, chosen, resolved)
+    name = model_name(checkpoint_dir)
+    return LoadedModel(name, model, tokenizer, chosen, resolved, quantize)
 
 
 def model_name(path: str | Path) -> str:

@@ -25,8 +25,10 @@ def quantize(model: Decoder, kind: Literal["int8", "int4"], device: torch.device
     are (weight only). Raises UserError without torchao, and where a device has no such products.
     """
     try:
-        # It says at each import which of its kernels this machine is not for.
-        logging.getLogger("torchao").setLevel(logging.ERROR)
+        # It says at each import which of its kernels this machine is not for, and torch what is
+        # old in it.
+        for name in ("torchao", "torch.utils._pytree"):
+            logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
