@@ -50,3 +50,5 @@ class Serve:
     """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Kind of device."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Round weights to fewer bits: less memory, faster, a little less exact."""

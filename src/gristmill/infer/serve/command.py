@@ -38,7 +38,11 @@ def serve(cfg: Serve) -> None:
                 f"there is none. set one first: export {KEY_VARIABLE}=$(openssl rand -hex 16)"
             )
         loaded = load(
-            cfg.checkpoint_dir, cfg.device, cfg.precision, tokenizer_dir=cfg.tokenizer_dir
+            cfg.checkpoint_dir,
+            cfg.device,
+            cfg.precision,
+            tokenizer_dir=cfg.tokenizer_dir,
+            quantize=cfg.quantize,
         )
         use_few_threads(loaded)
         note(loaded.summary())
@@ -59,9 +63,10 @@ def serve(cfg: Serve) -> None:
             ready=ready,
         )
         web.run(sockets=[listener])
+        # Also when there is hurry: Python must not end under a thread that computes.
+        engine.stop()
         if web.forced_by is not None:
             raise Interrupted(web.forced_by, "Stopped at once; replies under way were cut.")
-        engine.stop()
         note("Stopped.")
 
 

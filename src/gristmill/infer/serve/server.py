@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -13,6 +14,9 @@ from gristmill.infer.load import note
 from gristmill.infer.serve.app import ASGIApp
 from gristmill.infer.serve.engine import Engine
 from gristmill.util.errors import UserError
+
+SILENT_S = 30.0
+"""How long a connection may take to ask for something."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -61,6 +65,21 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _end_silent(connections: Iterable[Any], since: dict[Any, float]) -> dict[Any, float]:
+    """Close connections that have long been without a request; those that are, and since when."""
+    now = time.monotonic()
+    silent = {c: since.get(c, now) for c in connections if _is_silent(c)}
+    for connection, start in silent.items():
+        if now - start > SILENT_S:
+            connection.transport.abort()
+    return silent
+
+
+def _is_silent(connection: Any) -> bool:
+    cycle = connection.cycle
+    return cycle is None or cycle.response_complete
+
+
 def build_server(
     app: ASGIApp,
     engine: Engine,
@@ -79,6 +98,13 @@ def build_server(
 
     class Server(uvicorn.Server):
         forced_by: int | None = None
+        silent_since: dict[Any, float] = {}
+
+        async def on_tick(self, counter: int) -> bool:
+            if counter % 10 == 0:
+                # uvicorn waits for ever for a request that never becomes whole.
+                self.silent_since = _end_silent(self.server_state.connections, self.silent_since)
+            return await super().on_tick(counter)
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -104,6 +130,8 @@ def build_server(
 
     config = uvicorn.Config(
         app,
+        # What uvicorn always brings, whatever else is installed.
+        http="h11",
         # One line about each request is written by the application.
         log_config=None,
         log_level="critical",

@@ -7,12 +7,13 @@ import random
 import socket
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
-from gristmill.infer.serve import app
+from gristmill.infer.serve import app, server
+from gristmill.models.device import memory_bytes
 
 from .conftest import KEY, serving
 
@@ -29,7 +30,8 @@ def open_stream(running, body=LONG):
     """A connection whose stream has begun."""
     client = connection(running)
     body = json.dumps({**body, "stream": True})
-    client.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    client.request("POST", "/v1/completions", body, headers)
     answer = client.getresponse()
     assert answer.status == 200
     assert answer.readline().startswith(b"data: ")
@@ -147,12 +149,12 @@ def test_slow_senders_are_sent_away(chatty, monkeypatch):
 def test_no_http_at_all(chatty):
     host, port = chatty.url.removeprefix("http://").split(":")
     for nonsense in (b"\x16\x03\x01\x02", b"hello\r\n\r\n", b"GET / HTTP/1.1\r\n" + b"a" * 10**6):
-        with socket.create_connection((host, int(port)), timeout=5) as plain:
-            # The server may have left before all was sent.
-            with contextlib.suppress(OSError):
-                plain.sendall(nonsense)
-                plain.shutdown(socket.SHUT_WR)
-                assert plain.recv(100).startswith(b"HTTP/1.1 400")
+        plain = socket.create_connection((host, int(port)), timeout=5)
+        # The server may leave before all is sent.
+        with plain, contextlib.suppress(OSError):
+            plain.sendall(nonsense)
+            plain.shutdown(socket.SHUT_WR)
+            assert plain.recv(100).startswith(b"HTTP/1.1 400")
     assert chatty.ask("/v1/completions", SHORT)[0] == 200
 
 
@@ -266,39 +268,57 @@ def test_lines_about_requests_hold_no_texts_and_no_keys(base_model, capsys):
         assert word not in err
 
 
+def test_silent_connections_are_ended(chatty, monkeypatch):
+    monkeypatch.setattr(server, "SILENT_S", 0.5)
+    host, port = chatty.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\nHost: localh")
+        with contextlib.suppress(ConnectionError):
+            assert plain.recv(10) == b""
+
+
+FIFTY = {"right": 15, "stream": 9, "leave": 10, "n": 1, "malformed": 3, "too long": 3}
+FIFTY |= {"oversized": 3, "other setting": 3, "no key": 3}
+
+
+def one_of_fifty(running, kind, text):
+    """Whether a client of this kind got what it should."""
+
+    def status(path, body, key=KEY):
+        return running.ask(path, body, key=key)[0]
+
+    if kind == "right":
+        got, answer = running.ask("/v1/completions", SHORT, key=KEY)
+        return got == 200 and answer["choices"][0]["text"] == text
+    if kind in ("stream", "leave"):
+        client, answer = open_stream(running, LONG if kind == "leave" else {**SHORT, "n": 2})
+        said = answer.read() if kind == "stream" else b"data: [DONE]\n\n"
+        client.close()
+        return said.endswith(b"data: [DONE]\n\n")
+    if kind == "no key":
+        return status("/v1/completions", SHORT, None) == 401
+    body, code = {
+        "n": ({**SHORT, "n": 3}, 200),
+        "malformed": (b"{]", 400),
+        "too long": ({"prompt": "x" * 40_000}, 400),
+        "oversized": ({"prompt": "x" * 60_000}, 413),
+        "other setting": ({**SHORT, "messages": []}, 400),
+    }[kind]
+    return status("/v1/completions", body) == code
+
+
 def test_fifty_clients(long_model):
-    """Right answers, right codes, no thread or task left, whatever some of them do."""
-    kinds = ["right"] * 20 + ["stream"] * 10 + ["leave"] * 10 + ["bad", "long", "other"] * 3 + ["n"]
+    """Right answers, right codes, nothing left behind, whatever some of them do."""
+    kinds = [kind for kind, count in FIFTY.items() for _ in range(count)]
     random.Random(0).shuffle(kinds)
     assert len(kinds) == 50
-    with serving(long_model, batch_size=4, queue_size=64) as running:
-        alone = running.ask("/v1/completions", SHORT)[1]["choices"][0]["text"]
-        before = threading.active_count()
-
-        def one(kind):
-            if kind == "right":
-                status, answer = running.ask("/v1/completions", SHORT)
-                return status == 200 and answer["choices"][0]["text"] == alone
-            if kind == "stream":
-                client, answer = open_stream(running, {**SHORT, "max_tokens": 30})
-                said = answer.read()
-                client.close()
-                return said.endswith(b"data: [DONE]\n\n")
-            if kind == "leave":
-                client, _ = open_stream(running)
-                client.close()
-                return True
-            if kind == "bad":
-                return running.ask("/v1/completions", b"{]")[0] == 400
-            if kind == "long":
-                return running.ask("/v1/completions", {"prompt": "x" * 10**5})[0] == 400
-            if kind == "other":
-                return running.ask("/v1/chat/completions", {"messages": HELLO, **SHORT})[0] == 400
-            return running.ask("/v1/completions", {**SHORT, "n": 3})[0] == 200
-
+    with serving(long_model, key=KEY, batch_size=4, max_request_bytes=50_000) as running:
+        text = running.ask("/v1/completions", SHORT, key=KEY)[1]["choices"][0]["text"]
+        threads, memory = threading.active_count(), memory_bytes(torch.device("cpu")).current
         with ThreadPoolExecutor(50) as pool:
-            assert all(pool.map(one, kinds))
+            right = list(pool.map(lambda kind: one_of_fifty(running, kind, text), kinds))
+        assert [kind for kind, is_right in zip(kinds, right, strict=True) if not is_right] == []
         assert running.idle()
-        assert threading.active_count() <= before + 2  # those that read large requests
-        with urllib.request.urlopen(f"{running.url}/health") as answer:
-            assert json.load(answer) == {"status": "ok", "active": 0, "waiting": 0}
+        assert threading.active_count() <= threads + 2  # those that read large requests
+        assert memory_bytes(torch.device("cpu")).current < memory + 200e6
+        assert running.ask("/health") == (200, {"status": "ok", "active": 0, "waiting": 0})
