@@ -47,6 +47,7 @@ KINDS = {
     "huggingface": "Hugging Face directory",
     "litgpt": "LitGPT checkpoint",
     "gguf": "GGUF file",
+    "peft": "adapter, used with its base",
 }
 
 
@@ -225,6 +226,9 @@ def _checkpoint(place: Path) -> Found:
     if found.problems:
         return found
     _add_model(found, place)
+    if "base" in found.model:
+        found.commands = _model_commands(found, place)
+        return found
     found.commands = [
         f"gristmill pretrain --resume {_quoted(place)} --out_dir NEW …",
         *_model_commands(found, place),
@@ -300,6 +304,8 @@ def _describe(found: Found, config: ModelConfig) -> None:
         "num_token_ids": config.token_ids,
         "tied": config.tie_embeddings,
     }
+    if config.adaption_prompt is not None:
+        found.model["adaption_prompt"] = asdict(config.adaption_prompt)
 
 
 def _add_weights(found: Found, source: ModelDir) -> list[str]:
@@ -308,6 +314,9 @@ def _add_weights(found: Found, source: ModelDir) -> list[str]:
     Raises UserError for missing, superfluous and damaged ones.
     """
     tensors = source.tensors()
+    if source.base is not None:
+        found.model["base"] = str(source.base.path)
+        return _add_weights(found, source.base)
     files = sorted({tensors.file_of(name) for name in tensors})
     found.model |= {"tensors": len(tensors), "weight_files": len(files)}
     if all(file.suffix == ".safetensors" for file in files):
@@ -424,12 +433,11 @@ def _model_commands(found: Found, place: Path) -> list[str]:
     if not found.tokenizer:
         given = "--tokenizer_dir …"
         return [f"{pretrain} {given}", f"gristmill export {name} OUT --format hf {given}"]
-    return [
-        f"gristmill chat {name}",
-        f"gristmill generate {name} --prompt …",
-        pretrain,
-        f"gristmill export {name} OUT --format hf",
-    ]
+    use = [f"gristmill chat {name}", f"gristmill generate {name} --prompt …"]
+    if "base" in found.model:
+        mergeable = "adaption_prompt" not in found.model
+        return [*use, *([f"gristmill merge {name} OUT"] if mergeable else [])]
+    return [*use, pretrain, f"gristmill export {name} OUT --format hf"]
 
 
 def _quoted(place: Path) -> str:

@@ -76,6 +76,8 @@ def _model(model: dict[str, Any]) -> Iterator[tuple[str, str]]:
         heads = f"{model['heads']} heads"
         if model["kv_heads"] != model["heads"]:
             heads += f", {model['kv_heads']} for keys and values"
+        if "base" in model:
+            yield "base", model["base"]
         yield "parameters", f"{model['parameters']:,} ({short(model['parameters'])})"
         yield "shape", f"{model['layers']} layers, width {model['width']:,}, {heads}"
         yield "context", f"{model['context']:,} tokens"
