@@ -30,7 +30,9 @@ LINK = re.compile(r"(\]\()([^()\s#]+)(#[^()\s]*)?(\))")
 CELL = re.compile(r"<td[ >].*?</td>", re.DOTALL)
 CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
 BLOCK = re.compile(
-    r'<div class="highlight">(<pre>(?:<[^>]*>)*(?:gristmill|srun|torchrun|python|pip|make) )'
+    r'<div class="highlight"><pre>(<span></span>)?<code>'
+    r"((?:gristmill|srun|torchrun|python|pip|make|export) .*?)</code>",
+    re.DOTALL,
 )
 OPTION = re.compile(r"(?<![\w<-])(--?[A-Za-z][\w.-]*)")
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml"}
@@ -92,9 +94,16 @@ def on_page_content(html: str, **_: Any) -> str:
     Options in code are marked, too: browsers would break them after their hyphens. A stroke within
     code in a table, which GitHub wants escaped, is shown as itself.
     """
-    html = BLOCK.sub(r'<div class="highlight commands">\1', html)
+    html = BLOCK.sub(_commands, html)
     html = CELL.sub(lambda cell: cell[0].replace("\\|", "|"), html)
     return CODE.sub(lambda code: OPTION.sub(r'<span class="option">\1</span>', code[0]), html)
+
+
+def _commands(block: re.Match[str]) -> str:
+    """A block of commands, each line in an element of its own, so that its rest is indented."""
+    lines = [f'<span class="command">{line}</span>' for line in block[2].rstrip("\n").split("\n")]
+    code = block[2] if "<span" in block[2] else "\n".join(lines) + "\n"
+    return f'<div class="highlight commands"><pre><code>{code}</code>'
 
 
 def repository_path(src_uri: str) -> str:
