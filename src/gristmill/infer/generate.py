@@ -20,6 +20,7 @@ from gristmill.infer.load import (
     note,
     speed,
     use_few_threads,
+    visible,
 )
 from gristmill.infer.many import Ending, Task, check_batch_size, choose_rows, write_texts
 from gristmill.infer.prompts import Prompt, read_prompts
@@ -189,7 +190,7 @@ def _show_prompt(prompt: Prompt, task: Task) -> None:
     """The prompt on stderr; on a terminal, a continuation follows it in the same line."""
     said = prompt.messages[-1]["content"] if prompt.messages else prompt.text
     together = task.goes_on and sys.stdout.isatty()
-    sys.stderr.write(f"{said}" if together else f"{said}\n")
+    sys.stderr.write(visible(f"{said}") if together else f"{said}\n")
     sys.stderr.flush()
 
 

@@ -28,7 +28,7 @@ from gristmill.models.device import (
     resolve_precision,
     weight_dtype,
 )
-from gristmill.models.few_rows import use_few_rows
+from gristmill.models.kernels import use_kernels
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -186,6 +186,9 @@ class TextDecoder:
         return self._gate.put(self._decoder.flush()) + self._gate.flush()
 
 
+PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
+PICTURES |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+
 ONE_THREAD_PARAMETERS = 16_000_000
 """Below this size the work between two waits for other threads is some microseconds."""
 
@@ -234,7 +237,7 @@ def load(
         # Rows behind the last token were never trained and could win over trained ones.
         model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)
     # Without it, because the processor has other units or there is no compiler, torch's are used.
-    use_few_rows(model)
+    use_kernels(model)
     if quantize is not None:
         round_weights(model, quantize, chosen)
     name = model_name(checkpoint_dir)
@@ -281,9 +284,17 @@ def note(text: str) -> None:
 
 
 def emit(text: str) -> None:
-    """Show the model's text: on stdout, at once."""
-    sys.stdout.write(text)
+    """Show the model's text: on stdout, at once.
+
+    On a terminal, control characters are shown as pictures: they could move the cursor, or worse.
+    """
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
+
+
+def visible(text: str) -> str:
+    """The text with pictures (U+2400 on) of control characters, but for tabs and line breaks."""
+    return text.translate(PICTURES)
 
 
 def _short(count: int) -> str:

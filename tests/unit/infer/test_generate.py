@@ -9,7 +9,7 @@ from gristmill.config.use_commands import Generate, Sampling
 from gristmill.formats import hf
 from gristmill.formats.model_dir import load_model
 from gristmill.infer.generate import generate
-from gristmill.infer.load import load, model_name, use_few_threads
+from gristmill.infer.load import emit, load, model_name, use_few_threads
 from gristmill.infer.results import ResultFile
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
@@ -333,3 +333,12 @@ def test_mistakes_in_a_file_name_the_line_before_anything_is_written(base_model,
     source.write_text('{"prompt": "a", "completion": "b"}')
     with pytest.raises(UserError, match=r"line 1 of .*the results have too \(completion\)"):
         run(capsys, base_model, prompt=None, prompt_file=str(source), output="-")
+
+
+def test_control_characters_do_not_reach_a_terminal(capsys, monkeypatch):
+    text = "a\tb\n\x1b[2J\r\x7f\x9bü"
+    emit(text)
+    assert capsys.readouterr().out == text
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    emit(text)
+    assert capsys.readouterr().out == "a\tb\n␛[2J␍␡\ufffdü"
