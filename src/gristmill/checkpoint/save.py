@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gristmill.checkpoint import store
+from gristmill.checkpoint.mirror import Mirror
 from gristmill.checkpoint.ranks import ALONE, Ranks, reason
 from gristmill.checkpoint.staging import Staging
 from gristmill.checkpoint.state import model_state, optimizer_state
@@ -23,7 +24,7 @@ from gristmill.checkpoint.torch_dcp import quiet_single_process
 from gristmill.checkpoint.writer import write_tensors
 from gristmill.config.model import ModelConfig
 from gristmill.tokenizer import sidecar
-from gristmill.util.errors import UserError
+from gristmill.util.errors import RunError, UserError
 
 # The last one names the ids that end a text.
 TOKENIZER_FILES = (*sidecar.FILES, "generation_config.json")
@@ -42,8 +43,8 @@ class Checkpointer:
 
     keep_last: newest checkpoints that stay, at least 2. keep_every: those whose step is a multiple
     stay as well. trained_only: the parameters that are not trained are left out. files: small ones
-    that each checkpoint gets beside its own. Later steps than the one saved are left alone
-    (`store.discard_after` drops them).
+    that each checkpoint gets beside its own. mirror: where they are copied to. Later steps than
+    the one saved are left alone (`store.discard_after` drops them).
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Checkpointer:
         ranks: Ranks = ALONE,
         trained_only: bool = False,
         files: Mapping[str, str] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         if keep_last < 2:
             raise UserError(
@@ -77,6 +79,7 @@ class Checkpointer:
         self._ranks = ranks
         self._trained_only = trained_only
         self._files = dict(files or {})
+        self._mirror = mirror if ranks.is_main else None
         self._staging = {"weights": Staging(), "optimizer": Staging()}
         self._thread: threading.Thread | None = None
         quiet_single_process()
@@ -114,6 +117,20 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
+    def close(self) -> None:
+        """Wait for the save under way, and for the copies of what is there.
+
+        Raises RunError when the last of these failed.
+        """
+        self.wait()
+        if self._mirror is not None:
+            self._mirror.close()
+            if self._mirror.failed:
+                raise RunError(
+                    f"the run in {self._out_dir} is whole, but its copy is not "
+                    f"({self._mirror.failed}). The same command copies again."
+                )
+
     def _run(self, step: int, state: Parts, staged: Parts, record: dict[str, Any]) -> None:
         path = target = store.step_path(self._out_dir, step)
         try:
@@ -135,6 +152,8 @@ class Checkpointer:
                 self._retire(step)
             except OSError as error:
                 store.say(f"an old checkpoint could not be removed: {reason(error)}.")
+        if self._mirror is not None:
+            self._mirror.sync()
 
     def _make_room(self, path: Path, num_bytes: int) -> Path:
         """The empty directory to write to; OSError before filling a disk that others use too."""

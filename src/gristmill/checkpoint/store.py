@@ -58,6 +58,11 @@ def step_of(path: str | Path) -> int:
     return int(match.group(1))
 
 
+def is_step_name(name: str) -> bool:
+    """Whether a directory is named like a checkpoint."""
+    return _STEP_NAME.fullmatch(name) is not None
+
+
 def complete(out_dir: str | Path) -> list[Path]:
     """Checkpoints of a run that were written to the end, newest first."""
     return [p for p in _step_dirs(out_dir) if (p / RECORD_NAME).is_file()]

@@ -63,6 +63,8 @@ class Training:
 
     out_dir: str | None = None
     """Directory of the run; unset: out/<model>-<data>-<n>."""
+    remote_dir: str | None = None
+    """URL, or folder, that gets a copy of each checkpoint, and that a new out_dir goes on from."""
     overwrite: bool = False
     """Delete another run's state in out_dir first."""
     resume: bool | str = "auto"

@@ -194,6 +194,20 @@ class Storage:
             os.replace(scrap, target)
             source.unlink()
 
+    def copy_in(self, source: Path, name: str) -> None:
+        """Copy a local file there, whole; it stays where it is."""
+        if not self.is_local:
+            self._fs.put_file(str(source), self._key(name))
+            return
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scrap = _scrap(target)
+        try:
+            shutil.copyfile(source, scrap)
+            os.replace(scrap, target)
+        finally:
+            scrap.unlink(missing_ok=True)
+
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file to the local path `target`."""
         with self.open(name) as source, target.open("wb") as file:

@@ -23,6 +23,7 @@ from typing import IO, Any
 import yaml
 
 from gristmill import __version__
+from gristmill.checkpoint import mirror
 from gristmill.checkpoint.load import newest_good
 from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.store import clean_partial, complete
@@ -92,6 +93,12 @@ def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record
     """
     if cfg.out_dir is None:
         source = _run_dir_of(cfg.resume)
+        if cfg.remote_dir is not None:
+            raise UserError(
+                f"--remote_dir {cfg.remote_dir} is the copy of a run that has a name. Give the "
+                "run's own directory too.",
+                {"--out_dir": Path("out") / name},
+            )
         if source is None:
             return _find_numbered(Path("out"), name, wanted, cfg)
         out_dir = source
@@ -111,6 +118,8 @@ def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record
                 {"--out_dir": next_free(out_dir), "--overwrite": None},
             )
         return out_dir, None
+    if cfg.remote_dir is not None:
+        _bring(cfg, cfg.remote_dir, out_dir, wanted)
     record = read(out_dir)
     if record is not None and not complete(out_dir) and not (out_dir / METRICS_FILE).exists():
         record = None  # it ended before its first step and left nothing to protect
@@ -137,6 +146,42 @@ def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record
             {"--out_dir": next_free(out_dir)},
         )
     return out_dir, record
+
+
+def _bring(cfg: Training, url: str, out_dir: Path, wanted: dict[str, Any]) -> None:
+    """Take over the run that is at `url`, where this directory has no checkpoint of its own."""
+    content = mirror.record_at(url)
+    if content is None:
+        return
+    try:
+        identity = yaml.safe_load(content)["identity"]
+    except (yaml.YAMLError, KeyError, TypeError):
+        raise UserError(f"{url}/{RUN_FILE} cannot be read. Give another --remote_dir.") from None
+    changed = differences(identity, wanted)
+    if changed or cfg.resume is False:
+        why = f"another run: {'; '.join(changed)}" if changed else "a run, and --resume is false"
+        raise UserError(
+            f"--remote_dir {url} already holds {why}. Give another --remote_dir, or delete that "
+            "run there and here with --overwrite true."
+        )
+    if complete(out_dir) or _run_dir_of(cfg.resume) is not None:
+        return
+    here = read(out_dir)
+    if here is not None and differences(here.identity, wanted):
+        return  # it is refused with its own words
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with (out_dir / ".fetch.lock").open("a+") as one_of_all:
+        fcntl.flock(one_of_all, fcntl.LOCK_EX)
+        if not complete(out_dir):
+            mirror.fetch(url, out_dir)
+
+
+def mirror_of(cfg: Training, out_dir: Path) -> mirror.Mirror | None:
+    """What copies the run to `--remote_dir`; None without one."""
+    if cfg.remote_dir is None:
+        return None
+    keep = {"keep_last": cfg.train.keep_last, "keep_every": cfg.train.keep_every}
+    return mirror.Mirror(cfg.remote_dir, out_dir, **keep)
 
 
 def _refuse_others(out_dir: Path) -> None:
@@ -273,8 +318,10 @@ def lock(out_dir: Path) -> IO[str]:
     return handle
 
 
-def clear(out_dir: Path) -> None:
-    """Delete a run's files (and nothing else) from its directory; the lock stays."""
+def clear(out_dir: Path, remote_dir: str | None = None) -> None:
+    """Delete a run's files (and nothing else) from its directory and its copy; the lock stays."""
+    if remote_dir is not None:
+        mirror.clear(remote_dir)
     for path in complete(out_dir):
         shutil.rmtree(path)
     clean_partial(out_dir)

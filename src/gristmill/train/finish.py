@@ -30,6 +30,7 @@ def is_finished(run: Run) -> bool:
     final_step = run.ranks.main_says(_final_step(run.job.out_dir))
     if exportable and final_step != run.state.step:
         return False
+    run.checkpointer.close()
     if not run.mesh.is_main:
         return True
     print(
@@ -51,6 +52,7 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         run.heart.close()  # from here on nobody waits for the others
     run.checkpointer.wait()
     if run.stop_signal is not None and not run.complete():
+        run.checkpointer.close()
         saved = "not saved" if run.checkpointer.failed else "saved"
         raise Interrupted(
             run.stop_signal,
@@ -75,6 +77,7 @@ def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None
             f"a checkpoint of {run.job.out_dir} could not be written (see above). "
             "Free some space; the same command then goes on from what is there."
         )
+    run.checkpointer.close()
 
 
 def _write_final(run: Run, model: nn.Module, saved: Path) -> None:

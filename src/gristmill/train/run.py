@@ -219,7 +219,7 @@ class Run:
     def _begin_writing(self) -> None:
         job, out_dir = self.job, self.job.out_dir
         if job.cfg.overwrite:
-            directory.clear(out_dir)
+            directory.clear(out_dir, job.cfg.remote_dir)
         elif self.start_from is not None and self.own_start:
             # Later ones are damaged, or they would have been chosen.
             discard_after(out_dir, self.state.step)
@@ -245,6 +245,7 @@ class Run:
             tokenizer_dir=job.tokenizer_dir,
             ranks=Ranks.open(),
             trained_only=job.method.trained_only,
+            mirror=directory.mirror_of(job.cfg, out_dir),
             files=job.method.files(job)
             | {f"tokenizer/{name}": text for name, text in job.tokenizer_files.items()},
         )

@@ -115,7 +115,9 @@ def check_settings(cfg: Training) -> None:
     if cfg.out_dir is not None and is_url(cfg.out_dir):
         raise UserError(
             f"--out_dir {cfg.out_dir} is an object store, and runs are written to a disk. Give a "
-            "directory; `gristmill export` and your store's own tools copy what it holds."
+            "directory, and the store as --remote_dir: it gets a copy of every checkpoint, and "
+            "another machine goes on from there.",
+            {"--out_dir": Path("out") / Path(cfg.out_dir).name, "--remote_dir": cfg.out_dir},
         )
     check_trackers(cfg.logger_name, cfg.log)
     if cfg.train.keep_last < 2:
