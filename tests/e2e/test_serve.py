@@ -90,7 +90,7 @@ def test_wrong_options(model_dir, capsys, monkeypatch, options, says):
 
 def test_no_model(tmp_path, capsys):
     assert main(["serve"]) == 2
-    assert "gristmill serve out/quickstart/final" in capsys.readouterr().err
+    assert "gristmill serve out/quickstart/run" in capsys.readouterr().err
     assert main(["serve", str(tmp_path / "nowhere"), "--port", "0"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
 

@@ -70,7 +70,7 @@ def _check(cfg: Evaluate, names: list[str]) -> None:
     if cfg.checkpoint_dir is None:
         raise UserError(
             "no model given. name a model directory as the first word: gristmill evaluate "
-            "out/quickstart/final --tasks …"
+            "out/quickstart/run --tasks …"
         )
     if not names:
         raise UserError(

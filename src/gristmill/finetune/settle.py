@@ -116,7 +116,7 @@ def _refuse_what_is_not_there(cfg: Finetune) -> Records:
     if cfg.checkpoint_dir is None:
         raise UserError(
             "no model to finetune. Name a model directory of any kind, for example "
-            f"`gristmill {cfg.command} out/quickstart/final --data JSON --data.json_path FILE`."
+            f"`gristmill {cfg.command} out/quickstart/run --data JSON --data.json_path FILE`."
         )
     if cfg.data is None:
         raise UserError(

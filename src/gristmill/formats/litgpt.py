@@ -115,7 +115,7 @@ def _entries(file: Path) -> dict[str, PeekEntry]:
         some = ", ".join(list(entries)[:3]) or "nothing"
         raise UserError(
             f"{file} has no tensor {EMBEDDING} (it has {some}): it is no checkpoint of LitGPT. "
-            "Name a model directory, such as out/quickstart/final."
+            "Name a model directory, such as out/quickstart/run."
         )
     return entries
 

@@ -54,7 +54,7 @@ def open_model_dir(
     what = "no model file" if found.is_file() else "no model directory"
     raise UserError(
         f"{found} is {what} (no config.json, no lit_model.pth, no *.gguf, no final/, no finished "
-        "step-*/). Name a model directory, such as out/quickstart/final."
+        "step-*/). Name a model directory, such as out/quickstart/run."
     )
 
 

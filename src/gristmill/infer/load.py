@@ -226,7 +226,7 @@ def load(
     if checkpoint_dir is None:
         raise UserError(
             "no model given. name a model directory as the first word: gristmill generate "
-            "out/quickstart/final"
+            "out/quickstart/run"
         )
     chosen = choose_device(device)
     resolved = resolve_precision(precision, chosen, bf16="bf16-true")

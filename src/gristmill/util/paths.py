@@ -52,8 +52,8 @@ def how_to_get(path: str | os.PathLike[str]) -> str:
     """What to do about a model that is not at `path`: the command that downloads it, if any."""
     command = download_command(path)
     if command is None:
-        return "Name a model directory, such as out/quickstart/final."
-    return f"Fetch it with `{command}`, or name a model directory, such as out/quickstart/final."
+        return "Name a model directory, such as out/quickstart/run."
+    return f"Fetch it with `{command}`, or name a model directory, such as out/quickstart/run."
 
 
 def user_cache_dir() -> Path:

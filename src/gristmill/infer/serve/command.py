@@ -177,7 +177,7 @@ def _check(cfg: Serve) -> None:
     if cfg.checkpoint_dir is None:
         raise UserError(
             "no model given. name a model directory as the first word: gristmill serve "
-            "out/quickstart/final"
+            "out/quickstart/run"
         )
     missing = [name for name in ("fastapi", "uvicorn") if find_spec(name) is None]
     if missing:
