@@ -251,8 +251,9 @@ def _hub_files(data: HubRecords) -> tuple[list[str | Path], list[str | Path]]:
     folder = Path(data.download_dir or f"data/{type(data).__name__.lower()}").expanduser()
     train, val = _patterns(data, data.train_files), _patterns(data, data.val_files)
     found = _matching(folder, train)
+    lacking = [p for p in train if not _matching(folder, [p])] if isinstance(data, FLAN) else []
     unfinished = any((folder / STATE / "download").glob("*"))
-    if not found or unfinished:
+    if not found or lacking or unfinished:
         repo = data.repo_id or data.repo
         try:
             download(
