@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gristmill.models.decoder import Decoder
-from gristmill.models.few_rows import Int8Linear, is_built
+from gristmill.models.kernels import Int8Linear, is_built
 from gristmill.util.errors import UserError
 
 WHOLE = ("head", "router", "kv_up")

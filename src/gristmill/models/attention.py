@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
-from gristmill.models.cache import LayerCache
+from gristmill.models.cache import LayerCache, LayerRows
+from gristmill.models.kernels import attend_rows
 from gristmill.models.norm import build_norm
 from gristmill.models.prompt import Prompt
 from gristmill.models.rope import apply_rope
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         cos: Tensor | None,
         sin: Tensor | None,
         mask: Any = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LayerRows | None = None,
     ) -> Tensor:
         """What each token of x [B, T, d] gathers from itself and those before it, [B, T, d].
 
@@ -62,6 +63,19 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
         if not self.norm_all:
             q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(cache, LayerRows) and cache.direct:
+            out = attend_rows(
+                q,
+                k,
+                v,
+                None if cos is None or sin is None else (cos, sin),
+                cache.tensors,
+                cache.positions,
+                window=self.window,
+                scale=self.scale or self.head_size**-0.5,
+                softcap=self.softcap,
+            )
+            return self.o(out.flatten(2))
         if cos is not None and sin is not None:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -72,7 +72,10 @@ class Batch:
             given[row] = token
         positions = self.lengths[:count]
         cache = RowsCache(
-            self._cache, torch.tensor(positions, device=self.device), max(positions) + 1
+            self.model.own_config,
+            self._cache,
+            torch.tensor(positions, device=self.device),
+            max(positions) + 1,
         )
         with self._precision():
             logits = self.model(torch.tensor(given, device=self.device).unsqueeze(1), cache=cache)

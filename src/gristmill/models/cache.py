@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gristmill.config.model import ModelConfig
+from gristmill.models.kernels import can_attend
 
 
 class KVCache:
@@ -82,11 +83,14 @@ class RowsCache:
     sequence holds at its position and behind it means nothing: it is written over.
     """
 
-    def __init__(self, cache: KVCache, positions: Tensor, end: int) -> None:
+    def __init__(self, config: ModelConfig, cache: KVCache, positions: Tensor, end: int) -> None:
         self.cache, self.positions, self.end = cache, positions, end
+        self.direct = not torch.is_grad_enabled() and can_attend(config, cache.tensors)
 
-    def masks(self, windows: Collection[int | None]) -> dict[int | None, Tensor]:
-        """Who looks at what in blocks with each kind of window, bool [n, 1, 1, end]."""
+    def masks(self, windows: Collection[int | None]) -> dict[int | None, Tensor | None]:
+        """Who looks at what in blocks with each kind of window, bool [n, 1, 1, end] (None: all)."""
+        if self.direct or (len(self.positions) == 1 and not any(windows)):
+            return dict.fromkeys(windows)
         keys = torch.arange(self.end, device=self.positions.device)
         behind = self.positions.unsqueeze(1) - keys
         return {
@@ -102,16 +106,22 @@ class RowsCache:
             tuple(tensor[index, : len(self.positions)] for tensor in self.cache.tensors),
             self.positions,
             self.end,
+            self.direct,
         )
 
 
 class LayerRows:
-    """One block's tensors [n, heads, max_length, width] and where the new tokens' rows go."""
+    """One block's tensors [n, heads, max_length, width] and where the new tokens' rows go.
 
-    __slots__ = ("end", "positions", "tensors")
+    `direct`: there is a kernel that turns, writes and attends in one.
+    """
 
-    def __init__(self, tensors: tuple[Tensor, ...], positions: Tensor, end: int) -> None:
-        self.tensors, self.positions, self.end = tensors, positions, end
+    __slots__ = ("direct", "end", "positions", "tensors")
+
+    def __init__(
+        self, tensors: tuple[Tensor, ...], positions: Tensor, end: int, direct: bool
+    ) -> None:
+        self.tensors, self.positions, self.end, self.direct = tensors, positions, end, direct
 
     @property
     def start(self) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gristmill.models.cache import KVCache
+from gristmill.models.cache import KVCache, RowsCache
 from gristmill.models.decoder import Decoder
 from gristmill.models.sampling import penalize, sample
 from gristmill.util.errors import UserError
@@ -79,7 +79,7 @@ class Context:
     def add(self, token: Tensor, token_id: int) -> Tensor:
         """Logits [1, token_ids] after one more token, int64 [1], whose value is `token_id`."""
         self.reserve(len(self.ids) + 1)
-        logits = self._advance(token.view(1, 1))
+        logits = self._advance(token.view(1, 1)) if self.compiled else self._step(token)
         self.ids.append(token_id)
         return logits
 
@@ -113,6 +113,16 @@ class Context:
         self._cache.length = len(self.ids)
         with self._precision():
             return read_pieces(self.model, self._cache, tokens)
+
+    @torch.inference_mode()
+    def _step(self, token: Tensor) -> Tensor:
+        assert self._cache is not None
+        held = len(self.ids)
+        rows = RowsCache(
+            self.model.own_config, self._cache, torch.tensor([held], device=self.device), held + 1
+        )
+        with self._precision():
+            return self.model(token.view(1, 1), cache=rows)[:, -1]
 
     def _eager(self) -> contextlib.AbstractContextManager[object]:
         # Prompts have every length: only the step of one token is worth compiling.

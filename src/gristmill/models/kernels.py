@@ -1,8 +1,9 @@
-"""Products of a few rows with a large matrix, as fast as memory gives the matrix.
+"""What decoding computes on a CPU, as fast as memory gives the weights.
 
-Decoding multiplies one row for each sequence with every matrix of the model. torch's product on a
-CPU reads bf16 at about half of the memory's bandwidth then. The kernel in `few_rows.cpp` is built
-when it is first asked for (some seconds) and kept in the user's cache directory.
+A step multiplies one row for each sequence with every matrix of the model. torch's product reads
+bf16 at half of the memory's bandwidth then, and its operations take longer to call than to do. The
+kernels in `kernels.cpp` are built when they are first asked for (some seconds), kept in the user's
+cache directory, and used for bf16 on processors with AMX; everywhere else torch's are.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gristmill.models.decoder import Decoder
+from gristmill.config.model import ModelConfig
 from gristmill.util.paths import user_cache_dir
 
 MOST_ROWS = 16
@@ -37,6 +39,18 @@ class FewRowsLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] times the matrix, [..., out]."""
         return linear(x, self.weight, self.bias)
+
+
+class FewRowsNorm(nn.RMSNorm):
+    """An `nn.RMSNorm` in bf16 whose few rows go through the kernel; for inference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised x [..., size], same shape and dtype."""
+        if not _is_small(x) or x.shape[-1] % 16 or self.weight is None:
+            return super().forward(x)
+        eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.ops.gristmill.rms_norm(rows, self.weight, eps).view(x.shape)
 
 
 class Int8Linear(nn.Module):
@@ -62,19 +76,58 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def use_few_rows(model: Decoder) -> str | None:
-    """Have the linear layers of a model in bf16 on a CPU use the kernel; None, or why not."""
+def use_kernels(model: nn.Module) -> str | None:
+    """Have a decoder in bf16 on a CPU use them; None, or why not. Parameters stay as they are."""
     weights = {p.dtype for p in model.parameters()}
     devices = {p.device.type for p in model.parameters()}
     if devices != {"cpu"} or torch.bfloat16 not in weights:
-        return "it is for bf16 on a CPU"
+        return "they are for bf16 on a CPU"
     if reason := build():
         return reason
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.__class__ = FewRowsLinear
+        elif type(module) is nn.RMSNorm and module.weight.dtype == torch.bfloat16:
+            module.__class__ = FewRowsNorm
     model.linear = linear
     return None
+
+
+def can_attend(config: ModelConfig, tensors: Sequence[Tensor]) -> bool:
+    """Whether `attend_rows` is for caches of these tensors."""
+    return (
+        is_built()
+        and config.latent_attention is None
+        and config.head_size % 32 == 0
+        and config.head_size <= 1024
+        and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+    )
+
+
+def attend_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    cache: Sequence[Tensor],
+    positions: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """What the new token of each row gathers from itself and those before it, [n, 1, heads, D].
+
+    q [n, 1, heads, D], k and v [n, 1, kv_heads, D] as they come from the projections; `tables` are
+    cosine and sine [n, 1, 1, turned / 2] or None. Keys, turned, and values are written to `cache`
+    [n, kv_heads, room, D] at `positions` [n]; `window` and `softcap` as in `Attention`.
+    """
+    q, k, v = (part.to(torch.bfloat16).flatten(0, 1).contiguous() for part in (q, k, v))
+    cos, sin = (None, None) if tables is None else (t.contiguous() for t in tables)
+    out = torch.ops.gristmill.attend_rows(
+        q, k, v, cos, sin, *cache, positions, window or 0, scale, softcap or 0.0
+    )
+    return out.unsqueeze(1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,17 +137,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
+def _is_small(x: Tensor) -> bool:
     return (
         math.prod(x.shape[:-1]) <= MOST_ROWS
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and is_built()
+    )
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _is_small(x)
         and weight.dtype in (torch.bfloat16, torch.int8)
         and weight.is_contiguous()
         and weight.shape[1] % 32 == 0
         and weight.shape[0] >= 32
-        and not torch.is_grad_enabled()
-        and is_built()
     )
 
 
@@ -118,6 +177,8 @@ def build() -> str | None:
         try:
             torch.ops.load_library(_library())
             torch.library.register_fake("gristmill::few_rows", _fake)
+            torch.library.register_fake("gristmill::rms_norm", lambda x, *_: torch.empty_like(x))
+            torch.library.register_fake("gristmill::attend_rows", lambda q, *_: torch.empty_like(q))
             _state["reason"] = None
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or str(error)
@@ -136,7 +197,7 @@ def _library() -> Path:
     compiler = _compiler()
     source = Path(__file__).with_suffix(".cpp")
     parts = (source.read_bytes(), torch.__version__.encode(), " ".join(FLAGS).encode())
-    name = f"few_rows-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     for folder in (user_cache_dir() / "compiled", Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,125 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.unit.models.test_decoding import PROMPT, tiny
+
+from gristmill.config.model import ModelConfig
+from gristmill.models import kernels
+from gristmill.models.batching import Batch
+from gristmill.models.decoder import Decoder
+from gristmill.models.init import init_weights
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    if reason := kernels.build():
+        pytest.skip(reason)
+
+
+def close(got, expected):
+    assert got.dtype is torch.bfloat16
+    scale = expected.abs().max()
+    torch.testing.assert_close(got.float() / scale, expected / scale, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize(("out", "inner"), [(64, 32), (50, 96), (577, 1536)])
+@torch.inference_mode()
+def test_products_are_those_of_torch(kernel, rows, out, inner):
+    x, weight = torch.randn(rows, inner).bfloat16(), torch.randn(out, inner).bfloat16()
+    bias = torch.randn(out).bfloat16()
+    close(kernels.linear(x, weight), x.float() @ weight.float().T)
+    close(kernels.linear(x[:, None], weight, bias)[:, 0], F.linear(*map(_f, (x, weight, bias))))
+    whole, scale = torch.randint(-127, 128, (out, inner), dtype=torch.int8), torch.rand(out)
+    layer = kernels.Int8Linear(whole, scale.bfloat16(), bias)
+    close(layer(x), x.float() @ (whole.T * scale.bfloat16().float()) + bias.float())
+
+
+def _f(tensor):
+    return tensor.float()
+
+
+@pytest.mark.parametrize("shape", [(31, 32), (64, 40), (64, 31)])
+def test_other_shapes_and_gradients_are_left_to_torch(kernel, shape, monkeypatch):
+    monkeypatch.setattr(kernels, "_product", None)
+    weight = torch.randn(shape).bfloat16()
+    x = torch.randn(2, shape[1]).bfloat16()
+    with torch.inference_mode():
+        assert torch.equal(kernels.linear(x, weight), F.linear(x, weight))
+    square = torch.randn(32, 32).bfloat16().requires_grad_()
+    kernels.linear(torch.randn(2, 32).bfloat16(), square).sum().backward()
+    assert square.grad is not None
+
+
+@torch.inference_mode()
+def test_a_model_uses_it_and_says_the_same(kernel):
+    plain, fast = (tiny("parallel", scale=1.0).bfloat16() for _ in range(2))
+    assert kernels.use_kernels(fast) is None
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    calls = []
+    inner = kernels._product
+    kernels._product = lambda *args: calls.append(1) or inner(*args)
+    try:
+        got = fast(torch.tensor([PROMPT]))
+    finally:
+        kernels._product = inner
+    assert len(calls) == 2 * 6 + 1
+    expected = tiny("parallel", scale=1.0)(torch.tensor([PROMPT]))
+    torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.1)
+
+
+def test_models_in_fp32_are_left_alone():
+    assert kernels.use_kernels(tiny()) == "they are for bf16 on a CPU"
+
+
+def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(kernels, "_state", {})
+    monkeypatch.setattr(kernels, "user_cache_dir", lambda: tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    kernels._compiler.cache_clear()
+    assert "AMX" in (reason := kernels.build()) or "no C++ compiler" in reason
+    kernels._compiler.cache_clear()
+    assert not kernels.is_built()
+
+
+ATTENTION = {
+    "grouped": {"num_kv_heads": 2},
+    "one group": {"num_kv_heads": 1, "head_dim": 64},
+    "part": {"rope_fraction": 0.25, "qk_norm": "head"},
+    "window": {"sliding_window": 5, "num_kv_heads": 2},
+    "capped": {"attention_softcap": 2.0, "num_kv_heads": 2},
+    "learned": {"positions": "learned", "norm": "layernorm"},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@torch.inference_mode()
+def test_rows_attend_as_in_the_full_forward(kernel, name):
+    config = ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        num_heads=4,
+        hidden_size=128,
+        intermediate_size=96,
+        max_seq_length=64,
+        **ATTENTION[name],
+    )
+    model = Decoder(config)
+    init_weights(model, seed=1)
+    fast = copy.deepcopy(model).bfloat16().eval()
+    exact = copy.deepcopy(fast).float()
+    assert kernels.use_kernels(fast) is None
+    batch = Batch(fast, 3, 60)
+    texts = {0: [*PROMPT], 1: [5], 2: [*PROMPT, *PROMPT, *PROMPT]}
+    for row, ids in texts.items():
+        batch.put(row, ids)
+    for token in range(20):
+        rows = [2, 0] if token % 3 == 0 else [0, 1, 2]
+        got = batch.step(rows, [token + row for row in rows])
+        for row, logits in zip(rows, got, strict=True):
+            texts[row].append(token + row)
+            expected = exact(torch.tensor([texts[row]]))[0, -1]
+            torch.testing.assert_close(logits.float(), expected, atol=0.02, rtol=0.1)
