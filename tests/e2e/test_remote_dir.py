@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import pytest
-from small import pretrain
+from small import final_weights, metrics, pretrain
 
 from gristmill.cli import main
+from gristmill.data.storage import Storage
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from data.s3 import bucket, s3_server  # noqa: F401
