@@ -80,7 +80,7 @@ def build_app(service: Service) -> ASGIApp:
     async def health() -> Response:
         engine = service.engine
         if not engine.is_alive:
-            raise Refused("the engine has failed. restart the server.", status=503)
+            raise _closing(engine)
         state = {"status": "ok", "active": engine.num_active, "waiting": engine.num_waiting}
         return JSONResponse(state)
 
@@ -99,9 +99,9 @@ def build_app(service: Service) -> ASGIApp:
         account.answer, account.ticket = said, _submit(service.engine, wanted)
         if wanted.stream:
             headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-            events = _events(account.ticket, said)
+            events = _events(service.engine, account.ticket, said)
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        await _collect(request.receive, account.ticket, said)
+        await _collect(request.receive, service.engine, account.ticket, said)
         return Response(orjson.dumps(said.whole()), media_type="application/json")
 
     async def completions(request: Request) -> Response:
@@ -272,14 +272,17 @@ def _submit(engine: Engine, wanted: Wanted) -> Ticket:
             headers={"retry-after": "1"},
         ) from None
     except Closing:
-        raise _closing() from None
+        raise _closing(engine) from None
 
 
-def _closing() -> Refused:
-    return Refused("the server is being stopped.", status=503, headers={"retry-after": "5"})
+def _closing(engine: Engine) -> Refused:
+    said = "the server is being stopped."
+    if engine.has_failed:
+        said = "the engine has failed, its log says how. restart the server."
+    return Refused(said, status=503, headers={"retry-after": "5"})
 
 
-async def _collect(receive: Receive, ticket: Ticket, answer: Answer) -> None:
+async def _collect(receive: Receive, engine: Engine, ticket: Ticket, answer: Answer) -> None:
     """Wait until all replies have ended, or raise Gone as soon as the client leaves."""
     watch = asyncio.create_task(_until_gone(receive))
     watch.add_done_callback(lambda _: ticket.cancel())
@@ -287,7 +290,7 @@ async def _collect(receive: Receive, ticket: Ticket, answer: Answer) -> None:
         while ticket.has_left:
             answer.add(*await ticket.next())
     except Closing:
-        raise _closing() from None
+        raise _closing(engine) from None
     except ModelFailed as error:
         raise Refused(str(error), status=500) from None
     finally:
@@ -299,7 +302,7 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-async def _events(ticket: Ticket, answer: Answer) -> AsyncIterator[bytes]:
+async def _events(engine: Engine, ticket: Ticket, answer: Answer) -> AsyncIterator[bytes]:
     """The events of a stream, with a remark now and then while there is nothing to say."""
     for event in answer.beginning():
         yield event
@@ -313,7 +316,7 @@ async def _events(ticket: Ticket, answer: Answer) -> AsyncIterator[bytes]:
                 continue
             yield answer.event(*item)
     except Closing:
-        yield as_event(error_body(_closing()))
+        yield as_event(error_body(_closing(engine)))
     except ModelFailed as error:
         yield as_event(error_body(Refused(str(error), status=500)))
     else:

@@ -158,6 +158,11 @@ class Engine:
         return self._thread.is_alive() and self._failed is None
 
     @property
+    def has_failed(self) -> bool:
+        """Whether it ended although nobody stopped it."""
+        return self._failed is not None
+
+    @property
     def num_active(self) -> int:
         """Replies being written."""
         return len(self._active)

@@ -18,20 +18,35 @@ from gristmill.util.errors import UserError
 SILENT_S = 30.0
 """How long a connection may take to ask for something."""
 
+SETTINGS: dict[str, Any] = {
+    # What uvicorn always brings, whatever else is installed.
+    "http": "h11",
+    # One line about each request is written by the application.
+    "log_config": None,
+    "log_level": "critical",
+    "access_log": False,
+    "server_header": False,
+    # The addresses of clients are not used, so nobody needs to be believed about them.
+    "proxy_headers": False,
+    "lifespan": "off",
+    "ws": "none",
+}
+"""What uvicorn is told in any case."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket with the address, not yet listening; raises UserError when it is not to be had."""
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port} is no port. give 1 to 65535, or 0 for a free one.")
     try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
         raise UserError(
             f"--host {host!r} is no address of this machine ({error}). give 127.0.0.1, or 0.0.0.0 "
             "for all its addresses."
         ) from None
+    # `localhost` is both; clients that know only one know the older.
+    family, kind, proto, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -128,21 +143,13 @@ def build_server(
             await super().shutdown(sockets)
             late.cancel()
 
-    config = uvicorn.Config(
-        app,
-        # What uvicorn always brings, whatever else is installed.
-        http="h11",
-        # One line about each request is written by the application.
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        # The addresses of clients are not used, so nobody needs to be believed about them.
-        proxy_headers=False,
-        lifespan="off",
-        ws="none",
-        limit_concurrency=max_connections,
-        # A little longer than the engine takes to say goodbye.
-        timeout_graceful_shutdown=int(grace_s) + 5,
+    # A little longer than the engine takes to say goodbye.
+    patience = int(grace_s) + 5
+    return Server(
+        uvicorn.Config(
+            app,
+            limit_concurrency=max_connections,
+            timeout_graceful_shutdown=patience,
+            **SETTINGS,
+        )
     )
-    return Server(config)

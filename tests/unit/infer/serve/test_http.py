@@ -252,6 +252,16 @@ def test_a_model_that_fails_fails_those_replies_alone(slow_server, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_engine_that_died_is_told(slow_server, capsys):
+    running = slow_server()
+    running.rows.failure = SystemExit("killed")
+    assert running.ask("/v1/completions", SHORT)[0] == 503
+    for path, body in (("/v1/completions", SHORT), ("/health", None)):
+        status, answer = running.ask(path, body)
+        assert status == 503
+        assert "the engine has failed" in answer["error"]["message"]
+
+
 def test_lines_about_requests_hold_no_texts_and_no_keys(base_model, capsys):
     with serving(base_model, key=KEY) as running:
         running.ask("/v1/completions", {**SHORT, "prompt": "secret"}, key=KEY)
