@@ -95,6 +95,15 @@ def test_no_model(tmp_path, capsys):
     assert "nowhere does not exist" in capsys.readouterr().err
 
 
+def test_missing_packages_are_named(model_dir, capsys, monkeypatch):
+    monkeypatch.setattr("gristmill.infer.serve.command.find_spec", lambda name: None)
+    assert main(["serve", str(model_dir)]) == 2
+    assert (
+        "(fastapi, uvicorn). Install them: pip install 'gristmill[serve]'"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_port_that_is_taken(model_dir, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -296,17 +296,18 @@ class Engine:
             ask = reply.ask
             alike = (ask.temperature, ask.top_k, ask.top_p, ask.min_p)
             groups.setdefault(None if reply.is_greedy else alike, []).append(i)
-        for alike, members in groups.items():
+        for settings, members in groups.items():
             some = torch.cat([bent[i] for i in members])
-            if alike is None:
+            if settings is None:
                 ids = some.argmax(-1)
             else:
+                temperature, top_k, top_p, min_p = settings
                 ids = sample(
                     some,
-                    temperature=alike[0],
-                    top_k=alike[1],
-                    top_p=alike[2],
-                    min_p=alike[3],
+                    temperature=temperature,
+                    top_k=top_k,
+                    top_p=top_p,
+                    min_p=min_p,
                     generator=[replies[i].generator for i in members],
                 )
             for i, token_id in zip(members, ids.tolist(), strict=True):
