@@ -159,6 +159,18 @@ def _instructions() -> bytes:
     return out.getvalue()
 
 
+def _chats() -> bytes:
+    """Conversations of two turns."""
+    out = io.BytesIO()
+    roles = ("user", "assistant") * 2
+    chats = [
+        [{"role": role, "content": words} for role, words in zip(roles, texts(230 + n, 4, 6))]
+        for n in range(20)
+    ]
+    pq.write_table(pa.table({"messages": chats}), out)
+    return out.getvalue()
+
+
 SPLITS = ("train", "validation")
 
 
@@ -257,6 +269,9 @@ def make(folder: Path) -> Tutorials:
             f"data/{split}-00000-of-00001.parquet": _hellaswag() for split in SPLITS
         },
         "mhenrichsen/alpaca_2k_test": {"alpaca_2000.parquet": _instructions()},
+        "HuggingFaceH4/deita-10k-v0-sft": {
+            f"data/{split}_sft-00000-of-00001.parquet": _chats() for split in ("train", "test")
+        },
         "roneneldan/TinyStories": {"TinyStories_all_data.tar.gz": _stories()},
     }
     return Tutorials(tokenizer, model.read_bytes(), models, datasets)
