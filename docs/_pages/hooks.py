@@ -26,6 +26,20 @@ OUTSIDE = {
 }
 """Files of the repository that are pages of the site, and where."""
 
+MADE = {
+    "Commands": "commands/index.md",
+    "Data modules": "data-modules.md",
+    "Finetuning data": "tuning-data.md",
+    "Optimizers": "optimizers.md",
+    "Layouts": "layouts.md",
+    "Named models": "models.md",
+    "Model switches": "model-config.md",
+    "Recipes": "recipes.md",
+    "Every message": "messages.md",
+}
+"""What the page `reference/index.md` calls the pages made from the code, in bold letters."""
+NAMED = re.compile(r"\*\*([^*]+)\*\*")
+
 LINK = re.compile(r"(\]\()([^()\s#]+)(#[^()\s]*)?(\))")
 CELL = re.compile(r"<td[ >].*?</td>", re.DOTALL)
 CODE = re.compile(r"<code[ >].*?</code>", re.DOTALL)
@@ -85,7 +99,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return f"{match[1]}{posixpath.relpath(place, here or '.')}{match[3] or ''}{match[4]}"
 
+    if page.file.src_uri == "reference/index.md":
+        markdown = NAMED.sub(_to_page, markdown)
     return LINK.sub(turned, markdown)
+
+
+def _to_page(name: re.Match[str]) -> str:
+    """A link to a page that is made from the code, which only the site has."""
+    place = MADE[name[1]]
+    return f"[{name[1]}]({place})"
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -33,6 +33,25 @@ MODEL_FIELDS = "model-config"
 """The page of all fields of a model's configuration, which several commands take as a section."""
 
 
+GUIDES = {
+    "quickstart": "quickstart",
+    "download": "how-to/models",
+    "tokenizer": "how-to/tokenizer",
+    "prepare": "how-to/prepare",
+    "data": "data",
+    "pretrain": "how-to/pretrain",
+    "finetune": "how-to/finetune",
+    "merge": "how-to/finetune",
+    "generate": "how-to/generate-and-chat",
+    "chat": "how-to/generate-and-chat",
+    "evaluate": "how-to/evaluate",
+    "serve": "how-to/serve",
+    "inspect": "how-to/models",
+    "export": "how-to/models",
+}
+"""First word of a command and the page that shows it in use."""
+
+
 @dataclass(frozen=True)
 class Option:
     """One option as a person meets it."""
@@ -179,6 +198,9 @@ def command_page(command: Command, names: list[str]) -> str:
     usage = " ".join(["gristmill", names[0], *words, "[OPTIONS]"])
     parts = [f"# gristmill {names[0]}", escape((cls.__doc__ or command.summary).strip())]
     parts.append(f"```text\n{usage}\n```")
+    guide = GUIDES.get(names[0].split()[0])
+    if guide:
+        parts.append(f"[In use](../../{guide}.md)")
     if len(names) > 1:
         parts.append(f"Also spelled {' · '.join(f'`gristmill {other}`' for other in names[1:])}.")
     if command.listing:
