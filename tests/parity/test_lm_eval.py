@@ -46,6 +46,7 @@ output_type: multiple_choice
 doc_to_text: ""
 doc_to_target: 0
 doc_to_choice: "{{[sentence_good, sentence_bad]}}"
+target_delimiter: ""
 metric_list:
   - metric: acc
 """,
@@ -88,6 +89,15 @@ fewshot_split: test
 """
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products wait for a second thread longer than they take."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """A folder with tasks of each kind on generated sentences."""
@@ -109,15 +119,16 @@ def model(request, tmp_path_factory) -> Path:
     definition = Definition(models.BPE())
     definition.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     definition.decoder = decoders.ByteLevel()
+    has_bos = "<s>" in request.param
     trainer = trainers.BpeTrainer(
         vocab_size=400,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>" if has_bos else "<unused>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     definition.train_from_iterator([" ".join(row.values()) for row in pairs()], trainer)
     settings = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    if "<s>" in request.param:
+    if has_bos:
         definition.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
         )
@@ -205,8 +216,11 @@ def test_a_trained_model_has_the_same_answers(shared, made, tmp_path):
     path = shared / "data" / "models" / "stories260K" / "hf"
     if not path.is_dir():
         pytest.skip("no stories260K")
+    # They cut text otherwise where the tokenizer lies without its settings, which an export has,
+    # and a text that begins with a space, which none of these does.
+    assert main(["export", str(path), str(tmp_path / "hf")]) == 0
     tasks = ["made_pairs", "made_texts", "made_words"]
-    theirs = peer(path, made, tasks)
+    theirs = peer(tmp_path / "hf", made, tasks)
     _, samples = ours(path, made, tmp_path, tasks)
     for task in tasks:
         for us, them in zip(samples[task], theirs["samples"][task], strict=True):

@@ -13,7 +13,7 @@ from gristmill.evaluate.encode import Encoder
 from gristmill.evaluate.score import Answer, Scorer
 from gristmill.evaluate.write import Prompt, Writer
 from gristmill.formats.tokenizer_files import load_tokenizer
-from gristmill.infer.load import LoadedModel, load, note
+from gristmill.infer.load import LoadedModel, load, note, use_few_threads
 from gristmill.tokenizer import chat
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
@@ -36,6 +36,7 @@ class Subject:
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
         loaded = load(self.path, self.device, self.precision)
+        use_few_threads(loaded)
         note(loaded.summary())
         return loaded
 

@@ -1,0 +1,235 @@
+"""Answers per second of `gristmill evaluate` beside lm-evaluation-harness's Hugging Face model.
+
+    python benchmarks/evaluate.py --evals EVALS --tokenizer_dir NEOX [--precision bf16-true]
+        [--model DIRECTORY] [--peer_python PEER/bin/python] [--limit N] [--rounds 5]
+
+EVALS is a folder of BLiMP files (`sentence_good`, `sentence_bad`). Without `--model` a random
+Llama-shaped model of 135 M parameters is measured. Two processes, ours and the peer, each with the
+model in memory, answer the same requests in turns; the peer at each of its batch sizes, of which
+its best counts. Two sets: the pairs themselves, and questions of eight sentences with four answers
+each. Loading, tokenizers' first use and imports are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from _common import environment, print_table, versions
+
+SHAPE = {
+    "vocab_size": 50304,
+    "num_layers": 30,
+    "hidden_size": 576,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "intermediate_size": 1536,
+    "max_seq_length": 2048,
+    "tie_embeddings": True,
+}
+DTYPES = {"32-true": "float32", "bf16-true": "bfloat16"}
+PEER_SIZES = (8, 32, 64)
+
+
+def requests(evals: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
+    """(context, continuation) of both sets."""
+    rows = []
+    for file in sorted(evals.glob("*.jsonl")):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows += [json.loads(line) for line in lines[:limit]]
+    pairs = [("", " " + row[key]) for row in rows for key in ("sentence_good", "sentence_bad")]
+    choices = []
+    sentences = [row["sentence_good"] for row in rows]
+    for start in range(0, len(sentences) - 12, 12):
+        context = " ".join(sentences[start : start + 8])
+        choices += [(context, " " + answer) for answer in sentences[start + 8 : start + 12]]
+    return {"pairs": pairs, "choices": choices}
+
+
+def write_model(out: Path, tokenizer_dir: str, dtype: str) -> None:
+    """A random model as a Hugging Face directory."""
+    import torch
+
+    from gristmill.config.model import ModelConfig
+    from gristmill.formats import hf
+    from gristmill.models.decoder import Decoder
+    from gristmill.models.init import init_weights
+
+    model = Decoder(ModelConfig(**SHAPE))
+    init_weights(model, seed=1)
+    weights = dict(model.state_dict())
+    hf.write(out, model.config, weights, tokenizer_dir=tokenizer_dir, dtype=getattr(torch, dtype))
+
+
+def work(args: argparse.Namespace) -> None:
+    """A measured process: a line `SET SIZE` on stdin is one round, its seconds the answer."""
+    from lm_eval.api.instance import Instance
+
+    sets = requests(args.evals, args.limit)
+    if args.role == "ours":
+        from gristmill.evaluate.subject import Subject
+
+        subjects: dict[str, Any] = {}
+
+        def answer(pairs: list[tuple[str, str]], size: str) -> list[Any]:
+            if size not in subjects:
+                batch_size = size if size == "auto" else int(size)
+                subjects[size] = Subject(
+                    args.model,
+                    device="cpu",
+                    precision=args.precision,
+                    batch_size=batch_size,
+                    seed=1,
+                )
+            return [tuple(found) for found in subjects[size].answers(pairs)]
+
+    else:
+        from lm_eval.models.huggingface import HFLM
+
+        peer = HFLM(str(args.model), device="cpu", dtype=DTYPES[args.precision])
+
+        def answer(pairs: list[tuple[str, str]], size: str) -> list[Any]:
+            peer.batch_size_per_gpu = int(size)
+            instances = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+            return list(peer.loglikelihood(instances, disable_tqdm=True))
+
+    for size in args.sizes.split(","):
+        answer(sets["pairs"][:40], size)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name, size = line.split()
+        started = time.perf_counter()
+        found = answer(sets[name], size)
+        seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "answers": found}), flush=True)
+
+
+class Worker:
+    """A process that answers, one round at a time."""
+
+    def __init__(self, python: str, role: str, sizes: str, args: argparse.Namespace) -> None:
+        command = [python, __file__, "--role", role, "--sizes", sizes, "--evals", str(args.evals)]
+        command += ["--model", str(args.model), "--precision", args.precision]
+        command += ["--limit", str(args.limit)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=(args.work_dir / f"{role}.log").open("w"),
+            text=True,
+        )
+        while (line := self._stdout.readline()) and line != "ready\n":
+            pass
+
+    @property
+    def _stdout(self) -> IO[str]:
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def round(self, name: str, size: str) -> tuple[float, list[Any]]:
+        """Seconds of one round, and its answers."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{name} {size}\n")
+        self.process.stdin.flush()
+        line = self._stdout.readline()
+        while line and not line.startswith('{"seconds"'):
+            line = self._stdout.readline()
+        if not line:
+            raise RuntimeError("a measured process ended; its log is in --work_dir")
+        result = json.loads(line)
+        return result["seconds"], result["answers"]
+
+
+def accuracy(answers: list[Any]) -> list[bool]:
+    """Which sentence of each pair is the likelier one."""
+    return [good[0] > bad[0] for good, bad in zip(answers[::2], answers[1::2])]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Rounds in turns; seconds by set and who, and how the answers compare."""
+    ours = Worker(sys.executable, "ours", "auto", args)
+    sizes = [str(size) for size in PEER_SIZES]
+    peer = Worker(args.peer_python, "peer", ",".join(sizes), args)
+    out: dict[str, Any] = {}
+    for name, pairs in requests(args.evals, args.limit).items():
+        # One round of each size finds the peer's best; only that is measured again.
+        first = {size: peer.round(name, size)[0] for size in sizes}
+        best = min(first, key=lambda size: first[size])
+        seconds: dict[str, list[float]] = {"ours": [], "peer": []}
+        for _ in range(args.rounds):
+            taken, found = ours.round(name, "auto")
+            seconds["ours"].append(taken)
+            taken, theirs = peer.round(name, best)
+            seconds["peer"].append(taken)
+        ratios = [b / a for a, b in zip(seconds["ours"], seconds["peer"])]
+        out[name] = {
+            "answers": len(pairs),
+            "seconds": seconds,
+            "peer_batch_size": int(best),
+            "peer_first_seconds": first,
+            "ratio": statistics.median(ratios),
+            "largest_difference": max(abs(a[0] - b[0]) for a, b in zip(found, theirs)),
+        }
+        if name == "pairs":
+            mine, other = accuracy(found), accuracy(theirs)
+            out[name]["accuracy"] = [sum(mine) / len(mine), sum(other) / len(other)]
+            out[name]["items_that_differ"] = sum(a != b for a, b in zip(mine, other))
+    for worker in (ours, peer):
+        worker.process.kill()
+    return out
+
+
+def main() -> None:
+    """Measure and print a table, then one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--evals", type=Path, required=True)
+    parser.add_argument("--tokenizer_dir", default=None)
+    parser.add_argument("--model", type=Path, default=None)
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16-true")
+    parser.add_argument("--peer_python", default=sys.executable)
+    parser.add_argument("--limit", type=int, default=1000, help="pairs of each file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--work_dir", type=Path, default=None)
+    parser.add_argument("--role", choices=("ours", "peer"), help="a measured process")
+    parser.add_argument("--sizes", default="", help="batch sizes of a measured process")
+    args = parser.parse_args()
+    if args.role is not None:
+        work(args)
+        return
+    args.work_dir = args.work_dir or Path(tempfile.mkdtemp(prefix="evaluate-bench-"))
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    if args.model is None:
+        args.model = args.work_dir / f"model-{args.precision}"
+        if not args.model.exists():
+            write_model(args.model, args.tokenizer_dir, DTYPES[args.precision])
+    results = measure(args)
+    rows = []
+    for name, result in results.items():
+        for who in ("ours", "peer"):
+            seconds = statistics.median(result["seconds"][who])
+            label = "gristmill" if who == "ours" else f"peer, batch {result['peer_batch_size']}"
+            rate = result["answers"] / seconds
+            rows.append((f"{name}: {label}", f"{seconds:.2f}", f"{rate:.0f}"))
+        rows.append((f"{name}: ratio", f"{result['ratio']:.2f}", ""))
+    print_table((args.precision, "s", "answers/s"), rows)
+    packages = ["torch", "transformers", "lm_eval"]
+    line = {
+        "benchmark": "evaluate",
+        "model": str(args.model.name),
+        "precision": args.precision,
+        "results": results,
+        "peer": versions(args.peer_python, packages),
+        **environment(2),
+    }
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
