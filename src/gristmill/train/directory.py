@@ -95,8 +95,7 @@ def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record
         source = _run_dir_of(cfg.resume)
         if cfg.remote_dir is not None:
             raise UserError(
-                f"--remote_dir {cfg.remote_dir} is the copy of a run that has a name. Give the "
-                "run's own directory too.",
+                f"--remote_dir {cfg.remote_dir} is the copy of a run. Name the run's directory too.",
                 {"--out_dir": Path("out") / name},
             )
         if source is None:

@@ -52,7 +52,6 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     cfg = _as_begun(cfg)
     check_settings(cfg)
     model = _model(cfg)
-    check_config(model)
     _check_start(cfg, model)
     device = choose_device(cfg.device)
     precision = resolve_precision(cfg.precision, device)
@@ -249,6 +248,7 @@ def _model(cfg: Pretrain) -> ModelConfig:
         model = dataclasses.replace(model, tie_embeddings=cfg.train.tie_embeddings)
     if cfg.model_config is not None and model.family == ModelConfig().family:
         model = zoo.with_family(model)
+    check_config(model)
     return model
 
 
