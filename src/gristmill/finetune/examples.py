@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import time
 import zipfile
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of the way from conversations to ids; part of what an encoded set is known by."""
+MANY = 10_000
+"""Records whose encoding takes so long that it is said."""
 WORTH_KEEPING_S = 2.0
 """Encodings that took longer are kept for the next start, and for the other processes."""
 
@@ -79,6 +82,8 @@ def encode(talks: Sequence[Conversation], tokenizer: Tokenizer, *, mask_prompt: 
     kept = _read(file, digest)
     if kept is not None:
         return kept
+    if len(talks) > MANY:
+        sys.stderr.write(f"encoding {len(talks):,} records, once\n")
     started = time.monotonic()
     pairs = [encode_one(talk, tokenizer, mask_prompt=mask_prompt) for talk in talks]
     examples = Examples(

@@ -95,6 +95,11 @@ def _record(folder: Path) -> dict[str, Any]:
         )
     try:
         record = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if str(record["identity"].get("command", "")).startswith("finetune"):
+            raise UserError(
+                f"{folder} is a finetuning, and its samples are records, not chunks of a dataset. "
+                "Its first lines say how they became text; --eval.sample_prompt shows the model."
+            )
         _ = record["length"]["seq_len"], record["identity"]["data"]
         _ = record["settings"]["data"], TrainArgs(**record["settings"]["train"])
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
