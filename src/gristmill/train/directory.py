@@ -95,7 +95,7 @@ def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record
         source = _run_dir_of(cfg.resume)
         if cfg.remote_dir is not None:
             raise UserError(
-                f"--remote_dir {cfg.remote_dir} is the copy of a run. Name the run's directory too.",
+                f"--remote_dir {cfg.remote_dir} is the copy of a run: name its directory too.",
                 {"--out_dir": Path("out") / name},
             )
         if source is None:
