@@ -212,9 +212,26 @@ def add_lora(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None
         for part in ("lora_A", "lora_B", "lora_magnitude_vector"):
             layer.get_submodule(part).float()
     if HEAD in names:
-        # The decoder multiplies with the head's matrix and does not call the head: it gets the sum.
-        head: Any = model.get_submodule(HEAD)
+        _adapt_head(model)
+
+
+def _adapt_head(model: Any) -> None:
+    """Have the decoder add the head's adapter: it does not call the head, and has its matrix.
+
+    The adapter stays two factors, so that no gradient is as large as the head. DoRA scales rows of
+    the sum, which is made whole; without dropout.
+    """
+    head = model.get_submodule(HEAD)
+    if ADAPTER in head.lora_magnitude_vector:
         head.__class__ = type("AdaptedHead", (type(head),), {"weight": property(_sum)})
+        return
+    down, up, dropout = head.lora_A[ADAPTER], head.lora_B[ADAPTER], head.lora_dropout[ADAPTER]
+    scale = head.scaling[ADAPTER]
+
+    def factors(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return down(dropout(hidden).to(down.weight.dtype)) * scale, up.weight
+
+    model.head_adapter = factors
 
 
 def _inject(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None:
@@ -238,11 +255,9 @@ def _inject(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None:
 
 
 def _sum(head: Any) -> Tensor:
-    """The matrix that the output head and its adapter come to; no dropout."""
+    """The matrix that the output head and its adapter come to."""
     base: Tensor = head.base_layer.weight
-    total = base + (head.get_delta_weight(ADAPTER)).to(base.dtype)
-    if ADAPTER not in head.lora_magnitude_vector:
-        return total
+    total = base + head.get_delta_weight(ADAPTER).to(base.dtype)
     lengths = torch.linalg.vector_norm(total.detach().float(), dim=1)
     scale = head.lora_magnitude_vector[ADAPTER].weight / lengths
     return total * scale.unsqueeze(1).to(base.dtype)

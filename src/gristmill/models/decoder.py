@@ -119,6 +119,9 @@ class Decoder(nn.Module):
         """How the head multiplies; for the one who has something faster."""
         self.vocabulary: VocabularyShard | None = None
         """Which rows of embedding and head this process has; unset: all."""
+        self.head_adapter: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
+        """From what the head reads [.., d] to inner [.., r] and b [vocab_size, r]: inner @ b.T is
+        added to the logits. For who trains an adapter of the head to set."""
         self.sequence: SequenceShard | None = None
         """Which positions this process computes when it is given targets; unset: all."""
         # Without torch's own initial values: they are replaced anyway, and making them on the meta
@@ -197,6 +200,7 @@ class Decoder(nn.Module):
                 num_token_ids=config.token_ids,
                 compiled=self.compiled,
                 shard=self.vocabulary,
+                low_rank=self._low_rank(hidden.flatten(0, 1)),
             )
             if balance is None or config.moe is None:
                 return loss
@@ -214,7 +218,16 @@ class Decoder(nn.Module):
         if self.vocabulary is not None:
             return self.vocabulary.gather(F.linear(hidden, *self.own_head))[..., :count]
         bias = None if self.head_bias is None else self.head_bias[:count]
-        return self.linear(hidden, self.head_weight, bias)
+        logits = self.linear(hidden, self.head_weight, bias)
+        low_rank = self._low_rank(hidden)
+        if low_rank is None:
+            return logits
+        inner, b = low_rank
+        return logits + F.linear(inner, b[:count]).to(logits.dtype)
+
+    def _low_rank(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What an adapter of the head adds to the logits, as two factors."""
+        return None if self.head_adapter is None else self.head_adapter(hidden)
 
     def hidden(
         self,

@@ -51,6 +51,7 @@ def linear_cross_entropy(
     num_token_ids: int | None = None,
     compiled: bool = False,
     shard: VocabularyShard | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Summed cross entropy of `hidden @ weight.T + bias` against `targets`, an fp32 scalar.
 
@@ -63,15 +64,18 @@ def linear_cross_entropy(
     time, so a backward pass can run once. `compiled` fuses the passes over the logits with
     torch.compile. With a `shard`, weight and bias are this process's rows of those that several
     share: they tell each other three numbers a position, never logits, and all get the same loss
-    and the whole gradient of `hidden`.
+    and the whole gradient of `hidden`. `low_rank`, inner [N, r] and b [V, r], adds inner @ b.T to
+    the logits (arXiv:2106.09685): with a `weight` that needs no gradient, none of its size is made.
     """
+    assert shard is None or low_rank is None, "a head that is shared has no adapter"
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if _autocast(device) else hidden.dtype
     if shard is not None and num_token_ids is not None:
         num_token_ids = min(max(num_token_ids - shard.start, 0), weight.shape[0])
     token_rows = weight.shape[0] if num_token_ids is None else num_token_ids
     how = _How(softcap, z_loss, token_rows, dtype, compiled, shard)
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, how)
+    inner, b = low_rank or (None, None)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, how, inner, b)
 
 
 class _How(NamedTuple):
@@ -224,7 +228,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, how: _How
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        how: _How,
+        inner: Tensor | None,
+        b: Tensor | None,
     ) -> Tensor:
         """The loss; leaves the gradients in `ctx`."""
         dtype = how.dtype
@@ -236,8 +247,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         fresh = torch.empty_like if len(hidden) else torch.zeros_like
         grad_weight = fresh(weight) if need_weight else None
         grad_bias = torch.zeros_like(bias) if bias is not None and need_bias else None
-        limit = CPU_CHUNK_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS
-        size = min(limit, hidden.shape[0])
+        added = None if inner is None or b is None else _LowRank(inner, b, dtype)
+        size = min(CPU_CHUNK_ROWS if hidden.device.type == "cpu" else CHUNK_ROWS, len(hidden))
         positions = torch.arange(size, device=hidden.device)
         # One buffer for all chunks: a fresh one each time costs more in page faults than its use.
         buffer = hidden.new_empty((size, weight.shape[0]), dtype=dtype)
@@ -249,7 +260,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 rows = slice(start, start + size)
                 part = hidden[rows].to(dtype)
                 valid = targets[rows] != IGNORE
-                logits = _logits(part, narrow, narrow_bias, buffer[: len(part)])
+                logits = _logits(part, narrow, narrow_bias, buffer[: len(part)], added, rows)
                 logits[:, how.num_token_ids :] = -torch.inf
                 target = _targets(logits, targets[rows], positions, how)
                 powers, peak, total = _powers(logits, how, spare)
@@ -257,15 +268,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 lse = peak + total.log()
                 row_loss = lse - target.logit + how.z_loss * lse.square()
                 loss += row_loss.masked_fill(~valid, 0.0).sum()
-                if not (need_hidden or need_weight or need_bias):
+                if not any(ctx.needs_input_grad):
                     continue
                 factor = 1.0 + 2.0 * how.z_loss * lse
-                bracket = (target.logit - peak).exp() - total / factor
-                if target.slope is not None:
-                    bracket = bracket * target.slope
-                if target.here is not None:
-                    bracket = torch.where(target.here, bracket, powers[target.at])
-                powers[target.at] = bracket.to(dtype)
+                _put_brackets(powers, target, (target.logit - peak).exp() - total / factor)
                 scale = (factor / total).masked_fill(~valid, 0.0).unsqueeze(-1)
                 if grad_hidden is not None:
                     grad_hidden[rows] = (powers @ narrow) * scale
@@ -274,9 +280,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     (accumulate if start else torch.Tensor.copy_)(grad_weight, product)
                 if grad_bias is not None:
                     grad_bias += (powers.t() @ scale.to(dtype)).squeeze(-1)
+                if added is not None:
+                    added.collect(powers, scale, rows)
         if grad_hidden is not None and how.shard is not None:
             grad_hidden = how.shard.sum(grad_hidden)
-        ctx.gradients = (grad_hidden, grad_weight, grad_bias)
+        more = (None, None) if added is None else (added.grad_inner, added.grad_b)
+        ctx.gradients = (grad_hidden, grad_weight, grad_bias, *more)
         return loss
 
     @staticmethod
@@ -289,11 +298,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 gradient *= grad_output
-        return (*gradients, None, None)
+        return (*gradients[:3], None, None, *gradients[3:])
 
 
-def _logits(part: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`part @ weight.T + bias`, written over `out`."""
+class _LowRank:
+    """What is added to the logits, inner @ b.T, and its gradients."""
+
+    def __init__(self, inner: Tensor, b: Tensor, dtype: torch.dtype) -> None:
+        self.inner, self.b = inner.to(dtype), b.to(dtype)
+        self.grad_inner, self.grad_b = torch.zeros_like(inner), torch.zeros_like(b)
+
+    def add(self, logits: Tensor, rows: slice) -> None:
+        """Add the part of some rows to their logits [R, V]."""
+        logits.addmm_(self.inner[rows], self.b.t())
+
+    def collect(self, powers: Tensor, scale: Tensor, rows: slice) -> None:
+        """Add up the gradients, of which powers [R, V] times scale [R, 1] is that of logits."""
+        self.grad_inner[rows] = (powers @ self.b) * scale
+        self.grad_b += powers.t() @ (self.inner[rows] * scale).to(powers.dtype)
+
+
+def _put_brackets(powers: Tensor, target: _Targets, bracket: Tensor) -> None:
+    """Write what the gradient of the targets' logits is made of over their powers [R, V]."""
+    if target.slope is not None:
+        bracket = bracket * target.slope
+    if target.here is not None:
+        bracket = torch.where(target.here, bracket, powers[target.at])
+    powers[target.at] = bracket.to(powers.dtype)
+
+
+def _logits(
+    part: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    added: _LowRank | None,
+    rows: slice,
+) -> Tensor:
+    """`part @ weight.T + bias`, with what is added to these rows, written over `out`."""
     if bias is None:
-        return torch.mm(part, weight.t(), out=out)
-    return torch.addmm(bias, part, weight.t(), out=out)
+        torch.mm(part, weight.t(), out=out)
+    else:
+        torch.addmm(bias, part, weight.t(), out=out)
+    if added is not None:
+        added.add(out, rows)
+    return out

@@ -293,3 +293,22 @@ def test_compiled_equals_eager(monkeypatch, dtype, softcap):
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for eager, fused in zip(*results):
         torch.testing.assert_close(fused, eager, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_two_factors_are_the_head_that_they_come_to(softcap):
+    """An adapter of the head: the same loss and gradients as of the whole sum."""
+    torch.manual_seed(0)
+    hidden = torch.randn(70, 16, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(40, 16).double(), torch.randn(40).double()
+    a = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 36, (70,))
+    targets[:9] = -100
+    options = {"bias": bias, "softcap": softcap, "num_token_ids": 37, "z_loss": 0.01}
+    whole = linear_cross_entropy(hidden, weight + b @ a, targets, **options)
+    expected = torch.autograd.grad(whole, (hidden, a, b))
+    found = linear_cross_entropy(hidden, weight, targets, low_rank=(hidden @ a.t(), b), **options)
+    torch.testing.assert_close(found, whole)
+    for mine, theirs in zip(torch.autograd.grad(found, (hidden, a, b)), expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
