@@ -208,6 +208,9 @@ class LLM:
         goes_on: bool = True,
     ) -> Iterator[str]:
         """The pieces of one text; mistakes are raised here and not at the first piece."""
+        from gristmill.infer.load import check_options
+
+        check_options(sampling)
         try:
             context = self._contexts.pop()
         except IndexError:
@@ -234,7 +237,7 @@ class LLM:
         from gristmill.infer.many import Task, choose_rows, write_texts
 
         tasks = [Task(self._loaded.prompt_ids(prompt), sampling.seed) for prompt in prompts]
-        rows = choose_rows(batch_size, len(tasks), self._loaded.device)
+        rows = choose_rows(self._loaded, batch_size, tasks, sampling)
         events = write_texts(self._loaded, tasks, sampling, rows=rows)
         return ((number, event) for number, event in events if isinstance(event, str))
 

@@ -10,10 +10,19 @@ from types import ModuleType
 
 import torch
 
-from gristmill.config.use_commands import Chat, Sampling
+from gristmill.config.use_commands import Chat
 from gristmill.infer.conversation import Conversation
-from gristmill.infer.load import LoadedModel, cut_short, emit, load, note, speed, use_few_threads
-from gristmill.models.decoding import Context, check_sampling
+from gristmill.infer.load import (
+    LoadedModel,
+    check_options,
+    cut_short,
+    emit,
+    load,
+    note,
+    speed,
+    use_few_threads,
+)
+from gristmill.models.decoding import Context
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_state_dir
 
@@ -30,8 +39,7 @@ def chat(cfg: Chat) -> None:
     reply; at the prompt it leaves. `!clear` begins a new conversation. Prompts may also come
     through a pipe, one a line.
     """
-    s: Sampling = cfg
-    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    check_options(cfg)
     loaded = load(
         cfg.checkpoint_dir,
         cfg.device,

@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from gristmill.config.use_commands import Generate, Sampling
+from gristmill.config.use_commands import Generate
 from gristmill.infer.conversation import chat_ids, check_system, reply_stop_ids, require_template
 from gristmill.infer.load import (
     LoadedModel,
+    check_options,
     cut_short,
     emit,
     load,
@@ -25,7 +26,7 @@ from gristmill.infer.load import (
 from gristmill.infer.many import Ending, Task, check_batch_size, choose_rows, write_texts
 from gristmill.infer.prompts import Prompt, read_prompts
 from gristmill.infer.results import Place, ResultFile, to_line
-from gristmill.models.decoding import Context, check_prompt, check_sampling, generate_tokens
+from gristmill.models.decoding import Context, check_prompt, generate_tokens
 from gristmill.util.errors import UserError
 
 __all__ = ["generate", "generate_tokens"]
@@ -69,8 +70,7 @@ def generate(cfg: Generate) -> None:
 
 
 def _check(cfg: Generate) -> None:
-    s: Sampling = cfg
-    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    check_options(cfg)
     if cfg.num_samples < 1:
         raise UserError(f"nothing to generate (num_samples {cfg.num_samples}). give 1 or more.")
     check_batch_size(cfg.batch_size)
@@ -206,7 +206,7 @@ def _write_all(
     places = [place for place in tasks if place not in done]
     if done:
         note(f"{len(done):,} texts are there already; going on with the others.")
-    rows = choose_rows(cfg.batch_size, len(places), loaded.device)
+    rows = choose_rows(loaded, cfg.batch_size, [tasks[place] for place in places], cfg)
     note(f"Writing {len(places):,} texts, {rows} at a time.")
     meter = _Meter(len(places), live=file is not None)
     finished = meter.counted(_finished(loaded, cfg, tasks, places, rows))

@@ -20,7 +20,7 @@ from gristmill.infer.stops import StopText
 from gristmill.models.batching import Batch
 from gristmill.models.counts import num_parameters
 from gristmill.models.decoder import Decoder
-from gristmill.models.decoding import Context, Continuation, generate_tokens
+from gristmill.models.decoding import Context, Continuation, check_sampling, generate_tokens
 from gristmill.models.device import (
     choose_device,
     describe,
@@ -77,6 +77,17 @@ class LoadedModel:
         """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit)."""
         autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
         return Batch(self.model, rows, max_length or self.limit, autocast=autocast)
+
+    def cached_tokens(self) -> int:
+        """How many tokens, of all texts under way, fit into a quarter of the device's memory."""
+        config = self.model.config
+        width = sum(heads * size for heads, size in config.cached_heads)
+        token_bytes = config.num_layers * width * (4 if self.precision == "32-true" else 2)
+        if self.device.type == "cuda":
+            memory = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return max(1, memory // 4 // max(1, token_bytes))
 
     def prompt_ids(self, prompt: str, *, special: bool = False) -> list[int]:
         """The ids of a text to continue; with `special`, special tokens written in it are these.
@@ -242,6 +253,14 @@ def load(
         round_weights(model, quantize, chosen)
     name = model_name(checkpoint_dir)
     return LoadedModel(name, model, tokenizer, chosen, resolved, quantize)
+
+
+def check_options(sampling: Sampling) -> None:
+    """Raise UserError for options of sampling that are out of range."""
+    s = sampling
+    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    if "" in s.stops:
+        raise UserError("a stop text is empty. give it some text, or leave --stop out.")
 
 
 def model_name(path: str | Path) -> str:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from gristmill.config.use_commands import Sampling
-from gristmill.infer.load import LoadedModel, TextDecoder
+from gristmill.infer.load import LoadedModel, TextDecoder, check_options
 from gristmill.models.batching import generate_batch
-from gristmill.models.decoding import check_prompt, check_sampling
+from gristmill.models.decoding import check_prompt
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -46,11 +44,22 @@ def check_batch_size(batch_size: int | str) -> None:
         )
 
 
-def choose_rows(batch_size: int | str, num_texts: int, device: torch.device) -> int:
-    """How many texts are written at once."""
+def choose_rows(
+    loaded: LoadedModel, batch_size: int | str, tasks: Collection[Task], sampling: Sampling
+) -> int:
+    """How many texts are written at once: as told, or as many as pay and fit into the memory."""
     check_batch_size(batch_size)
-    wanted = ROWS_CPU if device.type == "cpu" else ROWS_GPU
-    return max(1, min(wanted if isinstance(batch_size, str) else batch_size, num_texts))
+    rows = batch_size
+    if isinstance(rows, str):
+        fit = loaded.cached_tokens() // _longest(loaded, tasks, sampling)
+        rows = min(ROWS_CPU if loaded.device.type == "cpu" else ROWS_GPU, fit)
+    return max(1, min(rows, len(tasks)))
+
+
+def _longest(loaded: LoadedModel, tasks: Collection[Task], sampling: Sampling) -> int:
+    """Tokens of the longest text with its prompt."""
+    longest = max((len(task.ids) for task in tasks), default=0) + sampling.max_new_tokens
+    return min(longest, loaded.limit)
 
 
 def write_texts(
@@ -71,8 +80,7 @@ def write_texts(
             check_prompt(task.ids, loaded.limit)
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from error
-    s = sampling
-    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
+    check_options(sampling)
     return _write(loaded, tasks, sampling, rows, stop_ids)
 
 
@@ -85,8 +93,7 @@ def _write(
 ) -> Iterator[tuple[int, str | Ending]]:
     if not tasks:
         return
-    longest = max(len(task.ids) for task in tasks) + sampling.max_new_tokens
-    batch = loaded.batch(rows, longest)
+    batch = loaded.batch(rows, _longest(loaded, tasks, sampling))
     ended: set[int] = set()
     events = generate_batch(
         batch,

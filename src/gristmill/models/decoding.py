@@ -246,8 +246,10 @@ def check_sampling(
         raise UserError(f"temperature must be 0 or more ({temperature}). 0 takes the likeliest.")
     if top_k is not None and top_k < 1:
         raise UserError(f"top_k must be 1 or more ({top_k}). --top_k null takes all tokens.")
-    if not 0.0 < top_p <= 1.0:
-        raise UserError(f"top_p must be above 0 and at most 1 ({top_p}). 1 takes all tokens.")
+    if not 0.0 <= top_p <= 1.0:
+        raise UserError(
+            f"top_p must be from 0 to 1 ({top_p}). 1 takes all tokens, 0 the likeliest."
+        )
     if not 0.0 <= min_p <= 1.0:
         raise UserError(f"min_p must be between 0 and 1 ({min_p}). 0 takes all tokens.")
     if not 0.0 < repetition_penalty < float("inf"):

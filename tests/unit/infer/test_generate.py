@@ -317,6 +317,7 @@ def test_another_tokenizer(base_model, tmp_path, capsys):
         ({"prompt_file": "p.txt"}, "both given"),
         ({"output": "."}, "is a directory"),
         ({"min_p": 2.0}, "min_p"),
+        ({"stop": ["a", ""]}, "a stop text is empty"),
     ],
 )
 def test_options_that_cannot_be(base_model, capsys, options, message):

@@ -131,8 +131,8 @@ def test_same_seed_same_ids():
         (PROMPT, {"temperature": -0.5}, r"temperature must be 0 or more \(-0.5\)"),
         (PROMPT, {"temperature": float("nan")}, "temperature must be"),
         (PROMPT, {"top_k": 0}, r"top_k must be 1 or more \(0\)"),
-        (PROMPT, {"top_p": 0.0}, r"top_p must be above 0"),
-        (PROMPT, {"top_p": 1.5}, r"at most 1 \(1.5\)"),
+        (PROMPT, {"top_p": -0.1}, r"top_p must be from 0 to 1"),
+        (PROMPT, {"top_p": 1.5}, r"from 0 to 1 \(1.5\)"),
     ],
 )
 def test_wrong_uses_are_refused_at_once(prompt, options, message):

@@ -6,8 +6,6 @@ import os
 from functools import partial
 from importlib.util import find_spec
 
-import torch
-
 from gristmill.config.serve import Serve
 from gristmill.infer.conversation import chat_ids, check_system, reply_stop_ids
 from gristmill.infer.load import LoadedModel, load, note, use_few_threads
@@ -133,7 +131,7 @@ def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
     on_cpu = loaded.device.type == "cpu"
     rows = (8 if on_cpu else 32) if cfg.batch_size == "auto" else cfg.batch_size
     if cfg.max_length == "auto":
-        fits = int(_memory_bytes(loaded.device) / 4 / (rows * position_bytes(loaded)))
+        fits = loaded.cached_tokens() // rows
         if fits < 2:
             raise UserError(
                 f"the cache of {rows} replies does not fit into a quarter of the memory. write "
@@ -148,19 +146,6 @@ def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
             {"--max_length": loaded.limit if cfg.max_length > 1 else None},
         )
     return rows, cfg.max_length
-
-
-def position_bytes(loaded: LoadedModel) -> int:
-    """Bytes that the key-value cache keeps of one token of one reply, at most."""
-    config = loaded.model.config
-    width = sum(heads * size for heads, size in config.cached_heads)
-    return config.num_layers * width * (4 if loaded.precision == "32-true" else 2)
-
-
-def _memory_bytes(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _takes_system(loaded: LoadedModel) -> bool:
