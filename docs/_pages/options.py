@@ -314,16 +314,23 @@ def classes_page(base: type) -> str:
         parts.append(listed(plain_options(cls, f"{prefix}."), anchor=f"{cls.__name__}."))
         nested = [s for _, kind, _ in fields_of(cls) for s in _sections_within(kind)]
         parts += [_nested(section) for section in dict.fromkeys(nested)]
-    if base is DataModule:
-        rows = [f"| `--data.{theirs}` | `--data.{ours}` |" for theirs, ours in _foreign().items()]
+    rows = [f"| `--data.{theirs}` | `--data.{ours}` |" for theirs, ours in _foreign(base)]
+    if rows:
         parts.append(
             "## Other spellings\n\n| accepted too | means |\n|---|---|\n" + "\n".join(rows)
         )
     return "\n\n".join(parts) + "\n"
 
 
-def _foreign() -> dict[str, str]:
-    return {**FOREIGN_SETTINGS, "path": "data_path"}
+def _foreign(base: type) -> list[tuple[str, str]]:
+    """What settings of classes below `base` are called elsewhere, and here."""
+    found = [
+        pair
+        for cls, settings in FOREIGN_SETTINGS.items()
+        if issubclass(cls, base)
+        for pair in settings.items()
+    ]
+    return [*found, ("path", "data_path")] if base is DataModule else found
 
 
 def _line(cls: type) -> int:

@@ -21,6 +21,7 @@ from gristmill.config.recipes import load_recipe
 from gristmill.config.sections import Optimizer
 from gristmill.config.tuning_data import TuningData
 from gristmill.util.errors import UserError
+from gristmill.util.named import look_here
 
 T = TypeVar("T")
 
@@ -252,8 +253,16 @@ def _value(option: str, value: str) -> str:
     if option == "--data" and (Path(value).is_dir() or ("/" in value and "{" not in value)):
         return json.dumps({"class_path": "LitData", "init_args": {"data_path": value}})
     if option in ("--data", "--optimizer", "--data.help", "--optimizer.help"):
-        return FOREIGN_CLASSES.get(value, value).replace(":", ".") if "{" not in value else value
+        return _class_path(value) if "{" not in value else value
     return value
+
+
+def _class_path(name: str) -> str:
+    """A class as the parser names it; one of the user's own is looked for here, too."""
+    path = FOREIGN_CLASSES.get(name, name).replace(":", ".")
+    if "." in path and not path.startswith("gristmill."):
+        look_here()
+    return path
 
 
 def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
@@ -265,10 +274,10 @@ def _adopt(config: dict[str, Any], *, from_url: bool) -> dict[str, Any]:
     for key in ("data", "optimizer"):
         section = config.get(key)
         if isinstance(section, str):
-            config[key] = {"class_path": FOREIGN_CLASSES.get(section, section).replace(":", ".")}
+            config[key] = {"class_path": _class_path(section)}
         elif isinstance(section, dict) and "class_path" in section:
             name = str(section["class_path"])
-            section["class_path"] = FOREIGN_CLASSES.get(name, name).replace(":", ".")
+            section["class_path"] = _class_path(name)
             init, theirs = section.get("init_args"), _foreign_settings(section["class_path"])
             if theirs and isinstance(init, dict):
                 section["init_args"] = {theirs.get(k, k): v for k, v in init.items()}
@@ -284,8 +293,9 @@ def _leave_out(config: dict[str, Any]) -> None:
     """
     data, evaluation = config["data"].get("init_args"), config.get("eval")
     for section, names in ((data, WITHOUT_LIKE["data"]), (evaluation, WITHOUT_LIKE["eval"])):
-        for name in names if isinstance(section, dict) else ():
-            section.pop(name, None)
+        if isinstance(section, dict):
+            for name in names:
+                section.pop(name, None)
     for name in ("train", "eval"):
         section = config.get(name)
         if isinstance(section, dict):

@@ -17,8 +17,7 @@ def load_named(option: str, target: str, what: str = "object") -> Any:
     module, _, name = target.partition(":")
     if not name:
         raise UserError(f"{option} {target} names no {what}. Give module:name.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    look_here()
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a module of the user's does when it is imported
@@ -26,3 +25,9 @@ def load_named(option: str, target: str, what: str = "object") -> Any:
             f"{option} {target} cannot be loaded ({type(error).__name__}: {error}). "
             "Give module:name of something importable from here."
         ) from None
+
+
+def look_here() -> None:
+    """Have modules of the user's own found from the working directory, as `python -m` does."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
