@@ -12,7 +12,7 @@ from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import save_tokenizer, tree
-from .datasets import documents_of, make_dataset, write_litdata
+from .made_datasets import documents_of, make_dataset, write_litdata
 
 ONE = [[[1, 2, 3], [4]], [[5, 6]]]
 TWO = [[[7] * 9], [[8], [9, 10]]]

@@ -15,7 +15,7 @@ from gristmill.data.store.chunks import ChunkRecord
 from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
-from .datasets import make_dataset, write_litdata
+from .made_datasets import make_dataset, write_litdata
 
 
 def adopted(folder, tokens):

@@ -22,7 +22,7 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import tree
-from .datasets import documents_of
+from .made_datasets import documents_of
 
 CHUNK_TOKENS = 1024
 ENGINE = EngineChoice("tokenizers", "0.23", "definition")

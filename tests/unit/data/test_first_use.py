@@ -19,7 +19,7 @@ from gristmill.data.store.merge import merge
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import make_text
-from .datasets import make_dataset, write_litdata
+from .made_datasets import make_dataset, write_litdata
 from .fake_hub import Hub, Repository
 
 STORIES = layouts.get("tinystories")

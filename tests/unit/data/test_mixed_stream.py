@@ -15,7 +15,7 @@ from gristmill.data.reading.stream import TokenStream
 from gristmill.data.storage import Storage
 from gristmill.data.store.dataset import Dataset
 
-from .datasets import make_dataset
+from .made_datasets import make_dataset
 from .test_chunk_cache import Faulty, settle
 
 SEQ_LEN = 7

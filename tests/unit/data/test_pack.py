@@ -24,7 +24,7 @@ from gristmill.data.reading.stream import TokenStream
 from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
-from .datasets import documents_of, make_dataset, write_litdata
+from .made_datasets import documents_of, make_dataset, write_litdata
 
 SEQ_LEN = 16
 FORK = multiprocessing.get_context("fork")

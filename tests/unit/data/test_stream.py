@@ -9,7 +9,7 @@ from gristmill.data.reading.stream import TokenStream
 from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import UserError
 
-from .datasets import make_dataset
+from .made_datasets import make_dataset
 
 SEQ_LEN = 7
 

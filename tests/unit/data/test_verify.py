@@ -14,7 +14,7 @@ from gristmill.data.store.dataset import Dataset
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import save_tokenizer, tree
-from .datasets import make_dataset, write_litdata
+from .made_datasets import make_dataset, write_litdata
 
 
 @pytest.fixture
