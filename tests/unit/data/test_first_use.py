@@ -19,8 +19,8 @@ from gristmill.data.store.merge import merge
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import make_text
-from .made_datasets import make_dataset, write_litdata
 from .fake_hub import Hub, Repository
+from .made_datasets import make_dataset, write_litdata
 
 STORIES = layouts.get("tinystories")
 
