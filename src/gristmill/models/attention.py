@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.cache import LayerCache, LayerRows
-from gristmill.models.kernels import attend_rows
+from gristmill.models.kernels import attend_rows, project
 from gristmill.models.norm import build_norm
 from gristmill.models.prompt import Prompt
 from gristmill.models.rope import apply_rope
@@ -55,7 +55,7 @@ class Attention(nn.Module):
         `cos` and `sin` rotate queries and keys (None: not in this block). `mask` (bool, broadcast
         to [B, heads, T, keys], True = may look; or a `BlockMask`) replaces the causal rule.
         """
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = project(x, self.q, self.k, self.v)
         if self.clip is not None:
             q, k, v = (part.clamp(-self.clip, self.clip) for part in (q, k, v))
         if self.norm_all:

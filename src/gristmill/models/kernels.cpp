@@ -15,6 +15,7 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 using bf16 = c10::BFloat16;
@@ -37,11 +38,33 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-struct Call {
-  const uint32_t* x;  // pairs of columns, [K / 2, M]
+// A matrix and where its products with x go.
+struct Matrix {
+  const void* w;
   const bf16 *scale, *bias;
   bf16* y;
-  int64_t M, K, N;
+  int64_t N;
+  bool int8;
+
+  int64_t blocks() const { return (N + ROWS - 1) / ROWS; }
+  // The last block reaches back where N is no multiple: some results are written twice, alike.
+  int64_t first_row(int64_t block) const { return std::min(block * ROWS, N - ROWS); }
+};
+
+// The rows of x, as pairs of columns [K / 2, M].
+struct Rows {
+  const uint32_t* pairs;
+  int64_t M, K;
+  std::vector<uint32_t> turned;
+
+  explicit Rows(const Tensor& x) : M(x.size(0)), K(x.size(1)) {
+    pairs = static_cast<const uint32_t*>(x.data_ptr());
+    if (M == 1) return;
+    turned.resize(M * K / 2);
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t k = 0; k < K / 2; k++) turned[k * M + m] = pairs[m * (K / 2) + k];
+    pairs = turned.data();
+  }
 };
 
 static inline void prefetch(const void* from, int64_t bytes) {
@@ -68,71 +91,127 @@ static inline void load(const int8_t* w, int64_t K, bf16* room) {
   _tile_loadd(3, room + 16 * 32, 64);
 }
 
-template <typename W>
-static void some_rows(const Call& c, const W* w, int64_t begin, int64_t end) {
-  TileConfig config;
-  for (int tile = 0; tile < 5; tile++) config.rows[tile] = 16;
-  config.column_bytes[0] = config.column_bytes[1] = config.column_bytes[4] = c.M * 4;
-  config.column_bytes[2] = config.column_bytes[3] = 64;
-  _tile_loadconfig(&config);
-  alignas(64) float sums[ROWS * 16];
-  alignas(64) bf16 room[ROWS * 32];
-  for (int64_t block = begin; block < end; block++) {
-    // The last block reaches back where N is no multiple: some results are written twice, alike.
-    const int64_t n = std::min(block * ROWS, c.N - ROWS);
-    const W* at = w + n * c.K;
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t k = 0; k < c.K; k += 32) {
-      prefetch((const char*)at + AHEAD + k * ROWS * sizeof(W), 32 * ROWS * sizeof(W));
-      _tile_loadd(4, c.x + k / 2 * c.M, c.M * 4);
-      load(at + k, c.K, room);
-      _tile_dpbf16ps(0, 2, 4);
-      _tile_dpbf16ps(1, 3, 4);
-    }
-    _tile_stored(0, sums, c.M * 4);
-    _tile_stored(1, sums + 16 * c.M, c.M * 4);
-    for (int64_t row = 0; row < ROWS; row++) {
-      const float scale = c.scale ? static_cast<float>(c.scale[n + row]) : 1.0f;
-      const float bias = c.bias ? static_cast<float>(c.bias[n + row]) : 0.0f;
-      for (int64_t m = 0; m < c.M; m++)
-        c.y[m * c.N + n + row] = static_cast<bf16>(sums[row * c.M + m] * scale + bias);
-    }
+// The tile registers of this thread, for x of M rows, until the end of a block of code.
+struct Tiles {
+  explicit Tiles(int64_t M) {
+    TileConfig config;
+    for (int tile = 0; tile < 5; tile++) config.rows[tile] = 16;
+    config.column_bytes[0] = config.column_bytes[1] = config.column_bytes[4] = M * 4;
+    config.column_bytes[2] = config.column_bytes[3] = 64;
+    _tile_loadconfig(&config);
   }
-  _tile_release();
+  ~Tiles() { _tile_release(); }
+};
+
+// 32 rows of w times x: sums [32, M].
+template <typename W>
+static void multiply(const Rows& x, const W* w, float* sums) {
+  alignas(64) bf16 room[ROWS * 32];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t k = 0; k < x.K; k += 32) {
+    prefetch((const char*)w + AHEAD + k * ROWS * sizeof(W), 32 * ROWS * sizeof(W));
+    _tile_loadd(4, x.pairs + k / 2 * x.M, x.M * 4);
+    load(w + k, x.K, room);
+    _tile_dpbf16ps(0, 2, 4);
+    _tile_dpbf16ps(1, 3, 4);
+  }
+  _tile_stored(0, sums, x.M * 4);
+  _tile_stored(1, sums + 16 * x.M, x.M * 4);
 }
 
-template <typename W>
-static void product(const Call& c, const W* w) {
-  const int64_t blocks = (c.N + ROWS - 1) / ROWS;
-  const int64_t least = std::max<int64_t>(1, 32768 / (c.K * ROWS));
-  torch::stable::parallel_for(
-      0, blocks, least, [&](int64_t begin, int64_t end) { some_rows(c, w, begin, end); });
+// The same with scale and bias, of the rows from n on.
+static void block_of(const Rows& x, const Matrix& matrix, int64_t n, float* sums) {
+  if (matrix.int8)
+    multiply(x, static_cast<const int8_t*>(matrix.w) + n * x.K, sums);
+  else
+    multiply(x, static_cast<const bf16*>(matrix.w) + n * x.K, sums);
+  if (!matrix.scale && !matrix.bias) return;
+  for (int64_t row = 0; row < ROWS; row++) {
+    const float scale = matrix.scale ? static_cast<float>(matrix.scale[n + row]) : 1.0f;
+    const float bias = matrix.bias ? static_cast<float>(matrix.bias[n + row]) : 0.0f;
+    for (int64_t m = 0; m < x.M; m++) sums[row * x.M + m] = sums[row * x.M + m] * scale + bias;
+  }
+}
+
+// Fewer blocks than this are not worth another thread.
+static int64_t least_blocks(int64_t K) { return std::max<int64_t>(1, 32768 / (K * ROWS)); }
+
+static const bf16* maybe(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const bf16*>(tensor->data_ptr()) : nullptr;
+}
+
+static Matrix matrix_of(
+    const Tensor& x, const Tensor& w, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& bias, Tensor& y) {
+  y = torch::stable::new_empty(x, {x.size(0), w.size(0)});
+  bf16* to = static_cast<bf16*>(y.data_ptr());
+  return {w.data_ptr(), maybe(scale), maybe(bias), to, w.size(0), w.element_size() == 1};
+}
+
+// Several matrices, whose blocks the threads share as if they were one.
+static void products(const Rows& x, const std::vector<Matrix>& matrices) {
+  int64_t blocks = 0;
+  for (const Matrix& matrix : matrices) blocks += matrix.blocks();
+  torch::stable::parallel_for(0, blocks, least_blocks(x.K), [&](int64_t begin, int64_t end) {
+    const Tiles tiles(x.M);
+    alignas(64) float sums[ROWS * 16];
+    for (int64_t at = begin; at < end; at++) {
+      int64_t block = at;
+      const Matrix* matrix = matrices.data();
+      while (block >= matrix->blocks()) block -= (matrix++)->blocks();
+      const int64_t n = matrix->first_row(block);
+      block_of(x, *matrix, n, sums);
+      for (int64_t row = 0; row < ROWS; row++)
+        for (int64_t m = 0; m < x.M; m++)
+          matrix->y[m * matrix->N + n + row] = static_cast<bf16>(sums[row * x.M + m]);
+    }
+  });
 }
 
 Tensor few_rows(Tensor x, Tensor w, std::optional<Tensor> scale, std::optional<Tensor> bias) {
-  const int64_t M = x.size(0), K = x.size(1), N = w.size(0);
-  Tensor y = torch::stable::new_empty(x, {M, N});
-  const uint32_t* pairs = static_cast<const uint32_t*>(x.data_ptr());
-  std::vector<uint32_t> turned;
-  if (M > 1) {
-    turned.resize(M * K / 2);
-    for (int64_t m = 0; m < M; m++)
-      for (int64_t k = 0; k < K / 2; k++) turned[k * M + m] = pairs[m * (K / 2) + k];
-    pairs = turned.data();
-  }
-  const Call call{
-      pairs,
-      scale ? static_cast<const bf16*>(scale->data_ptr()) : nullptr,
-      bias ? static_cast<const bf16*>(bias->data_ptr()) : nullptr,
-      static_cast<bf16*>(y.data_ptr()),
-      M,
-      K,
-      N};
-  if (w.element_size() == 1)
-    product(call, static_cast<const int8_t*>(w.data_ptr()));
-  else
-    product(call, static_cast<const bf16*>(w.data_ptr()));
+  Tensor y;
+  const Matrix matrix = matrix_of(x, w, scale, bias, y);
+  products(Rows(x), {matrix});
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor> few_rows_3(
+    Tensor x, Tensor a, Tensor b, Tensor c, std::optional<Tensor> scale_a,
+    std::optional<Tensor> scale_b, std::optional<Tensor> scale_c, std::optional<Tensor> bias_a,
+    std::optional<Tensor> bias_b, std::optional<Tensor> bias_c) {
+  Tensor ya, yb, yc;
+  const Matrix ma = matrix_of(x, a, scale_a, bias_a, ya), mb = matrix_of(x, b, scale_b, bias_b, yb);
+  const Matrix mc = matrix_of(x, c, scale_c, bias_c, yc);
+  products(Rows(x), {ma, mb, mc});
+  return {ya, yb, yc};
+}
+
+// silu(x gate^T) * (x up^T)
+Tensor few_rows_gated(
+    Tensor x, Tensor gate, Tensor up, std::optional<Tensor> scale_gate,
+    std::optional<Tensor> scale_up, std::optional<Tensor> bias_gate,
+    std::optional<Tensor> bias_up) {
+  Tensor y;
+  const Rows rows(x);
+  const Matrix first = matrix_of(x, gate, scale_gate, bias_gate, y);
+  const Matrix second{up.data_ptr(),   maybe(scale_up), maybe(bias_up),
+                      first.y,         first.N,         up.element_size() == 1};
+  const int64_t least = std::max<int64_t>(1, least_blocks(rows.K) / 2);
+  torch::stable::parallel_for(0, first.blocks(), least, [&](int64_t begin, int64_t end) {
+    const Tiles tiles(rows.M);
+    alignas(64) float gates[ROWS * 16], ups[ROWS * 16];
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t n = first.first_row(block);
+      block_of(rows, first, n, gates);
+      block_of(rows, second, n, ups);
+      for (int64_t row = 0; row < ROWS; row++)
+        for (int64_t m = 0; m < rows.M; m++) {
+          const float g = gates[row * rows.M + m], u = ups[row * rows.M + m];
+          first.y[m * first.N + n + row] = static_cast<bf16>(g / (1.0f + std::exp(-g)) * u);
+        }
+    }
+  });
   return y;
 }
 
@@ -280,6 +359,13 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(gristmill, m) {
   m.def("few_rows(Tensor x, Tensor w, Tensor? scale, Tensor? bias) -> Tensor");
+  m.def(
+      "few_rows_3(Tensor x, Tensor a, Tensor b, Tensor c, Tensor? scale_a, Tensor? scale_b, "
+      "Tensor? scale_c, Tensor? bias_a, Tensor? bias_b, Tensor? bias_c) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "few_rows_gated(Tensor x, Tensor gate, Tensor up, Tensor? scale_gate, Tensor? scale_up, "
+      "Tensor? bias_gate, Tensor? bias_up) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def(
       "attend_rows(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor(a!) keys, "
@@ -291,6 +377,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gristmill, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(gristmill, CPU, m) {
   m.impl("few_rows", TORCH_BOX(&few_rows));
+  m.impl("few_rows_3", TORCH_BOX(&few_rows_3));
+  m.impl("few_rows_gated", TORCH_BOX(&few_rows_gated));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("attend_rows", TORCH_BOX(&attend_rows));
 }

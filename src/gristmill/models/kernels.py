@@ -93,6 +93,37 @@ def use_kernels(model: nn.Module) -> str | None:
     return None
 
 
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of three layers makes of x, in one call where all have the kernel."""
+    if _all_fit(x, layers):
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.ops.gristmill.few_rows_3(rows, *_operands(layers))
+        return tuple(y.view(*x.shape[:-1], -1) for y in out)
+    return tuple(layer(x) for layer in layers)
+
+
+def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
+    """silu(gate(x)) * up(x), in one call where both have the kernel."""
+    if _all_fit(x, (gate, up)):
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.ops.gristmill.few_rows_gated(rows, *_operands((gate, up)))
+        return y.view(*x.shape[:-1], -1)
+    return F.silu(gate(x)) * up(x)
+
+
+def _all_fit(x: Tensor, layers: Sequence[nn.Module]) -> bool:
+    return all(
+        isinstance(layer, (FewRowsLinear, Int8Linear)) and _fits(x, layer.weight)
+        for layer in layers
+    )
+
+
+def _operands(layers: Sequence[nn.Module]) -> list[Tensor | None]:
+    """Matrices, scales and biases, as the kernels take them."""
+    scales = [getattr(layer, "scale", None) for layer in layers]
+    return [*(layer.weight for layer in layers), *scales, *(layer.bias for layer in layers)]
+
+
 def can_attend(config: ModelConfig, tensors: Sequence[Tensor]) -> bool:
     """Whether `attend_rows` is for caches of these tensors."""
     return (
@@ -177,6 +208,8 @@ def build() -> str | None:
         try:
             torch.ops.load_library(_library())
             torch.library.register_fake("gristmill::few_rows", _fake)
+            torch.library.register_fake("gristmill::few_rows_3", _fake_3)
+            torch.library.register_fake("gristmill::few_rows_gated", _fake)
             torch.library.register_fake("gristmill::rms_norm", lambda x, *_: torch.empty_like(x))
             torch.library.register_fake("gristmill::attend_rows", lambda q, *_: torch.empty_like(q))
             _state["reason"] = None
@@ -186,8 +219,12 @@ def build() -> str | None:
     return _state["reason"]
 
 
-def _fake(x: Tensor, w: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+def _fake(x: Tensor, w: Tensor, *_: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _fake_3(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape[0], w.shape[0]) for w in others[:3] if w is not None)
 
 
 def _library() -> Path:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
+from gristmill.models.kernels import gated
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -41,6 +42,8 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Each token of x [..., d] on its own, [..., d]."""
+        if self.activation is F.silu:
+            return self.down(gated(x, self.gate, self.up))
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 

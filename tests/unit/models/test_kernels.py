@@ -37,6 +37,25 @@ def test_products_are_those_of_torch(kernel, rows, out, inner):
     close(layer(x), x.float() @ (whole.T * scale.bfloat16().float()) + bias.float())
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@torch.inference_mode()
+def test_products_together_are_those_apart(kernel, int8):
+    def layer(out):
+        own = torch.nn.Linear(96, out).bfloat16()
+        own.__class__ = kernels.FewRowsLinear
+        if not int8:
+            return own
+        whole = torch.randint(-127, 128, (out, 96), dtype=torch.int8)
+        return kernels.Int8Linear(whole, torch.rand(out).bfloat16() / 99, own.bias)
+
+    x = torch.randn(3, 1, 96).bfloat16()
+    layers = [layer(out) for out in (64, 50, 32)]
+    for got, one in zip(kernels.project(x, *layers), layers, strict=True):
+        assert torch.equal(got, one(x))
+    gate, up = layer(50), layer(50)
+    close(kernels.gated(x, gate, up), F.silu(gate(x).float()) * up(x).float())
+
+
 def _f(tensor):
     return tensor.float()
 
@@ -65,7 +84,7 @@ def test_a_model_uses_it_and_says_the_same(kernel):
         got = fast(torch.tensor([PROMPT]))
     finally:
         kernels._product = inner
-    assert len(calls) == 2 * 6 + 1
+    assert len(calls) == 2 * 3 + 1  # o, up and down of each block, and the head
     expected = tiny("parallel", scale=1.0)(torch.tensor([PROMPT]))
     torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.1)
 
