@@ -197,8 +197,11 @@ class TextDecoder:
         return self._gate.put(self._decoder.flush()) + self._gate.flush()
 
 
-PICTURES = {code: 0x2400 + code for code in range(32) if code not in (9, 10)}
-PICTURES |= {127: 0x2421} | dict.fromkeys(range(128, 160), 0xFFFD)
+PICTURES = {
+    **{code: 0x2400 + code for code in range(32) if code not in (9, 10)},
+    127: 0x2421,
+    **{code: 0xFFFD for code in range(128, 160)},
+}
 
 ONE_THREAD_PARAMETERS = 16_000_000
 """Below this size the work between two waits for other threads is some microseconds."""
