@@ -126,7 +126,7 @@ def test_adaption_prompts_are_the_same_model_there(world, prompted, capsys):
     assert (expected - load_model(world / "base")(tokens())).abs().max() > 0.01
     close(load_model(prompted / "step-00000006")(tokens()), expected)
     there = loaded_there(world / "base", prompted / "final")
-    close(there(tokens(), use_cache=False).logits, expected)
+    close(there(tokens()).logits, expected)
     capsys.readouterr()
     words = ["--max_new_tokens", "4", "--prompt", "Say mill", "--temperature", "0"]
     assert main(["generate", str(prompted / "final"), *words]) == 0
