@@ -30,7 +30,13 @@ TUNING = (
 )
 TRAINING = (*TUNING, "--train.max_seq_length", "32")
 SAMPLING = ("--max_new_tokens", "4", "--precision", "32-true")
-EXTRA = {"pretrain": TRAINING, "finetune": TUNING, "generate": SAMPLING, "chat": SAMPLING}
+EXTRA = {
+    "pretrain": TRAINING,
+    "finetune": TUNING,
+    "generate": SAMPLING,
+    "chat": SAMPLING,
+    "evaluate": ("--device", "cpu"),
+}
 SHARED = "/shared/"
 MODELS = {
     "microsoft/phi-2": "microsoft/phi-2",
@@ -110,6 +116,10 @@ class StandIns:
         path.mkdir(parents=True, exist_ok=True)
         for name, content in self.tutorials.models["microsoft/phi-2"].items():
             (path / name).write_bytes(content)
+
+    def task(self, path: Path) -> None:
+        path.mkdir()
+        tutorial_world.put_task(path, "my_pairs")
 
     def chat_model(self, path: Path) -> None:
         self.model(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 import tutorial_world as world
 from small import metrics
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from tutorial_world import SHORT, run, run_apart
 
 from gristmill.data.store.dataset import Dataset
@@ -24,23 +23,6 @@ STEPS = (
     *("--train.max_seq_length", "64", "--train.global_batch_size", "4"),
     *("--train.micro_batch_size", "4", "--train.save_interval", "3"),
 )
-
-
-def talks(model: Path, monkeypatch, capsys) -> None:
-    """`chat` answers, and an empty prompt leaves."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("Why are LLMs so useful?\n\n"))
-    capsys.readouterr()
-    assert run(f"litgpt chat {model}", "--max_new_tokens", "5", "--precision", "32-true") == 0
-    said = capsys.readouterr()
-    assert "Now chatting with" in said.out
-    assert "Time for inference" in said.err
-
-
-def loads(model: Path) -> None:
-    """transformers loads it, with its tokenizer."""
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    ids = AutoTokenizer.from_pretrained(model)("the mill", return_tensors="pt")["input_ids"]
-    assert loaded.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
 def test_the_way_of_tinyllama(place, monkeypatch, capsys):
@@ -102,10 +84,10 @@ def test_the_way_of_tinyllama(place, monkeypatch, capsys):
     assert {"lit_model.pth", "tokenizer.model", "tokenizer_config.json"} <= {
         path.name for path in made.iterdir()
     }
+    AutoModelForCausalLM.from_pretrained(out / "final")
     one, two = open_model_dir(made).parameters(), open_model_dir(out).parameters()
     assert all(torch.equal(one[name], two[name]) for name in one)
-    talks(made, monkeypatch, capsys)
-    loads(out / "final")
+    world.is_used("checkpoints/lit-tiny-llama-1.1b", monkeypatch, capsys)
 
 
 def test_a_bare_training_checkpoint_is_converted_by_name(place):
@@ -174,8 +156,8 @@ def test_the_way_of_lit_llama(place, tutorials, monkeypatch, capsys):
     said = run_apart(line, *SHORT, *STEPS, *more)
     assert "cc_2019-30_sample" in said
     assert [r["step"] for r in metrics(place / "out/sample") if "loss" in r] == [1, 2, 3]
-    talks(out, monkeypatch, capsys)
-    loads(out / "final")
+    world.is_used("out/training", monkeypatch, capsys)
+    AutoModelForCausalLM.from_pretrained(out / "final")
 
 
 def test_packed_files_are_told_from_datasets(place, capsys):

@@ -4,6 +4,7 @@ small corpora that lie on the disk as the real ones do."""
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -16,6 +17,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,14 +26,26 @@ import pytest
 import small
 import zstandard
 from tiny_names import VOCABULARY, tiny_models
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gristmill.cli import main
 from gristmill.formats import hf
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "data"))
-from fake_hub import Hub, Repository
+
+def _fake_hub() -> ModuleType:
+    """The hub of the unit tests, whose folder must not be on the path: it has a `datasets.py`."""
+    path = Path(__file__).parents[1] / "unit" / "data" / "fake_hub.py"
+    spec = importlib.util.spec_from_file_location("fake_hub", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+fake_hub = _fake_hub()
+
 
 SHORT = ("--compile", "off", "--precision", "32-true", "--device", "cpu", "--eval.max_iters", "2")
 """What a test adds to a command that trains, beside the length of its run."""
@@ -226,16 +241,18 @@ class Tutorials:
     models: dict[str, dict[str, bytes]]
     datasets: dict[str, dict[str, bytes]]
 
-    def hub(self) -> Hub:
+    def hub(self) -> Any:
         """A hub that holds them."""
-        early = Repository(self.models["EleutherAI/pythia-14m"], revisions=("main", "step3000"))
-        return Hub(
+        early = fake_hub.Repository(
+            self.models["EleutherAI/pythia-14m"], revisions=("main", "step3000")
+        )
+        return fake_hub.Hub(
             models={"org/name": early}
             | {
-                name: Repository(files, gated=name.startswith("meta-llama/"))
+                name: fake_hub.Repository(files, gated=name.startswith("meta-llama/"))
                 for name, files in self.models.items()
             },
-            datasets={name: Repository(files) for name, files in self.datasets.items()},
+            datasets={name: fake_hub.Repository(files) for name, files in self.datasets.items()},
             tokens={"your_hf_token"},
         )
 
@@ -291,6 +308,54 @@ def at(folder: Path, made: Tutorials, monkeypatch: pytest.MonkeyPatch) -> Iterat
     with made.hub() as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         yield folder
+
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{gold}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+"""A task of the harness that asks nothing of the hub."""
+
+
+def put_task(folder: Path, name: str) -> None:
+    """A task file and its data."""
+    questions = texts(220, 6, 8)
+    rows = [{"question": q, "choices": texts(n, 3, 3), "gold": 0} for n, q in enumerate(questions)]
+    put_lines(folder / "data.jsonl", rows)
+    text = TASK.format(name=name, file=(folder / "data.jsonl").resolve())
+    (folder / f"{name}.yaml").write_text(text)
+
+
+def is_used(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """What every tutorial ends with: `chat` answers, `evaluate` measures, transformers loads."""
+    talks(model, monkeypatch, capsys)
+    Path("task").mkdir(exist_ok=True)
+    put_task(Path("task"), "mills")
+    out = Path(f"{model}-HF-checkpoint")
+    line = f'litgpt evaluate {model} --batch_size 4 --tasks "mills" --out_dir {out}'
+    assert run(line, "--include_path", "task", "--device", "cpu") == 0
+    results = json.loads((out / "results.json").read_text())["results"]["mills"]
+    assert 0 <= results["acc,none"] <= 1
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    ids = AutoTokenizer.from_pretrained(out)("the mill", return_tensors="pt")["input_ids"]
+    assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[1] == ids.shape[1] + 3
+
+
+def talks(model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """`chat` answers, and an empty prompt leaves."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("Why are LLMs so useful?\n\n"))
+    capsys.readouterr()
+    assert run(f"litgpt chat {model}", "--max_new_tokens", "5", "--precision", "32-true") == 0
+    said = capsys.readouterr()
+    assert "Now chatting with" in said.out
+    assert "Time for inference" in said.err
 
 
 HERE = """

@@ -23,6 +23,7 @@ from gristmill.config.commands import Convert, ConvertToLitgpt, Export
 from gristmill.config.model import ModelConfig
 from gristmill.formats.beside import beside
 from gristmill.formats.compare import compare_config, compare_weights
+from gristmill.formats.litgpt import donor_note
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
 from gristmill.formats.tokenizer_files import find_tokenizer
@@ -146,7 +147,9 @@ class _Job:
 
     def opening(self) -> str:
         """What is about to be done."""
-        tokenizer = (
+        note = donor_note(self.source)
+        tokenizer = f"\nNote: {note}" if note else ""
+        tokenizer += (
             ""
             if self.tokenizer_dir
             else (

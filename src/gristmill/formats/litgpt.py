@@ -28,6 +28,7 @@ from gristmill.formats.pickles import METADATA, PeekEntry, open_file, open_shard
 from gristmill.formats.source import AGAIN, Entry, ModelDir, Tensors, TheirTensors
 from gristmill.formats.torch_file import write_torch_file
 from gristmill.models import zoo
+from gristmill.models.counts import parameter_shapes
 from gristmill.models.zoo import litgpt_weights as table
 from gristmill.models.zoo.litgpt import parse, words
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -63,6 +64,28 @@ def find(place: Path, model_name: str | None = None) -> ModelDir | None:
     # The path must lead to these weights again, where a directory has those of several steps.
     path = file if file == place else file.parent
     return ModelDir(path, config, "litgpt", lambda: tensors, weights, table.is_dropped)
+
+
+def donor_note(source: ModelDir) -> str | None:
+    """What there is to say of a `config.json` that came with the tokenizer, from another model.
+
+    LitGPT's training copies it beside the weights; None where it fits them, or is not there.
+    """
+    file = (source.path if source.path.is_dir() else source.path.parent) / "config.json"
+    if source.kind != "litgpt" or not file.is_file():
+        return None
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        other = zoo.family_of(raw).from_hf_config(raw)
+        if parameter_shapes(other) == parameter_shapes(source.config):
+            return None
+        what = f"{(raw.get('architectures') or ['?'])[0]}, {other.num_layers} layers"
+    except (UserError, ValueError, TypeError, AttributeError):
+        what = "no model that is known"
+    return (
+        f"config.json is of another model ({what}): it came with the tokenizer and is not used. "
+        "`gristmill export` writes the right one."
+    )
 
 
 def tensors_in(file: Path) -> Tensors:

@@ -19,6 +19,7 @@ from gristmill.config.model import ModelConfig
 from gristmill.data.look.find import is_dataset
 from gristmill.data.preparation.workspace import NAME as UNFINISHED_DATASET
 from gristmill.data.store.dataset import Dataset
+from gristmill.formats.litgpt import donor_note
 from gristmill.formats.model_dir import open_model_dir, read_config
 from gristmill.formats.safetensors_io import read_header
 from gristmill.formats.source import ModelDir, Tensors
@@ -277,6 +278,8 @@ def _add_model(found: Found, place: Path) -> None:
         return
     found.kind = KINDS.get(source.kind, source.kind)
     _describe(found, source.config)
+    if (note := donor_note(source)) is not None:
+        found.model["note"] = note
     try:
         found.problems += _add_weights(found, source)
     except (UserError, RunError) as error:
