@@ -51,6 +51,12 @@ def generate(cfg: Generate) -> None:
     _check(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file)
     _check_fields(cfg, prompts)
+    if cfg.compile is True and not _is_streamed(cfg, prompts):
+        raise UserError(
+            "--compile true is for a prompt whose text is shown as it is written: several at a "
+            "time are not compiled. leave it out.",
+            {"--compile": None},
+        )
     with _destination(cfg, prompts) as file:
         loaded = load(
             cfg.checkpoint_dir,
@@ -62,7 +68,7 @@ def generate(cfg: Generate) -> None:
         use_few_threads(loaded)
         note(loaded.summary())
         tasks = _tasks(loaded, cfg, prompts)
-        if len(prompts) == 1 and cfg.output is None and cfg.batch_size in (1, "auto"):
+        if _is_streamed(cfg, prompts):
             _stream_each(loaded, cfg, prompts[0], tasks)
         else:
             _write_all(loaded, cfg, prompts, tasks, file)
@@ -87,6 +93,11 @@ def _check_fields(cfg: Generate, prompts: Sequence[Prompt]) -> None:
                 f"{prompt.place} has a field that the results have too ({', '.join(taken)}). "
                 "rename it."
             )
+
+
+def _is_streamed(cfg: Generate, prompts: Sequence[Prompt]) -> bool:
+    """Whether one text comes after the other, shown as it is written."""
+    return len(prompts) == 1 and cfg.output is None and cfg.batch_size in (1, "auto")
 
 
 def _destination(
@@ -208,6 +219,8 @@ def _write_all(
         note(f"{len(done):,} texts are there already; going on with the others.")
     rows = choose_rows(loaded, cfg.batch_size, [tasks[place] for place in places], cfg)
     note(f"Writing {len(places):,} texts, {rows} at a time.")
+    if cfg.compile == "auto":
+        note("Not compiled: that is for one text at a time.")
     meter = _Meter(len(places), live=file is not None)
     finished = meter.counted(_finished(loaded, cfg, tasks, places, rows))
     try:

@@ -318,6 +318,7 @@ def test_another_tokenizer(base_model, tmp_path, capsys):
         ({"output": "."}, "is a directory"),
         ({"min_p": 2.0}, "min_p"),
         ({"stop": ["a", ""]}, "a stop text is empty"),
+        ({"compile": True, "batch_size": 2}, "several at a time are not compiled"),
     ],
 )
 def test_options_that_cannot_be(base_model, capsys, options, message):
