@@ -240,7 +240,8 @@ def test_the_configuration_of_the_tokenizer_is_not_the_model_s(tmp_path):
     assert open_model_dir(out).config == replace(TINY, bos_token_id=7, eos_token_id=2)
     assert load_model(out)(TOKENS).shape == (1, 8, 64)
     # Somebody's tool would build the donor from it.
-    assert "of another model (LlamaForCausalLM, 22 layers)" in litgpt.donor_note(open_model_dir(out))
+    note = litgpt.donor_note(open_model_dir(out))
+    assert "of another model (LlamaForCausalLM, 22 layers)" in note
     (out / "config.json").write_text('{"model_type": "bert"}')
     assert "no model that is known" in litgpt.donor_note(open_model_dir(out))
     write(tmp_path / "own")
