@@ -21,6 +21,8 @@ transformers.logging.disable_progress_bar()
 
 PROMPTS = ([5, 80, 33, 7, 61, 2, 90, 14, 27, 9, 50], [71], [8, 30, 8, 30, 12])
 NEW = 10
+COMPILED = ("llama", "neox-parallel", "gemma2", "gemma3", "gpt2", "deepseek_v3", "qwen3_moe")
+"""Every kind of block; compiling one takes ten seconds."""
 SAMPLING = Sampling(max_new_tokens=NEW, temperature=0)
 
 
@@ -77,6 +79,18 @@ def test_greedy_ids(name, tmp_path):
         assert list(alone) == ids
     # Two rows for three prompts: the last one takes a row that another one left.
     assert batched(Batch(ours, 2, 32), PROMPTS) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+def test_greedy_ids_compiled(name, tmp_path):
+    theirs, ours = pair(name, tmp_path)
+    context = Context(ours)
+    if reason := context.compile():
+        pytest.skip(f"no compiler here: {reason}")
+    for prompt in PROMPTS:
+        alone = generate_tokens(context, prompt, max_new_tokens=NEW, temperature=0)
+        assert list(alone) == theirs_greedy(theirs, prompt)
 
 
 def test_stories(shared):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gristmill.models.decoder import Decoder
-from gristmill.models.kernels import Int8Linear, is_built
+from gristmill.models.kernels import Int8Linear, linear
 from gristmill.util.errors import UserError
 
 WHOLE = ("head", "router", "kv_up")
@@ -51,7 +51,7 @@ def quantize(model: Decoder, kind: Literal["int8", "int4"], device: torch.device
             f"this device cannot multiply {kind} weights ({device.type}: {reason}). "
             + ("use --quantize int8." if kind == "int4" else "leave --quantize out.")
         ) from None
-    if kind == "int8" and is_built():
+    if kind == "int8" and model.linear is linear:
         _use_own_products(model)
 
 

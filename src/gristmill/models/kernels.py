@@ -49,7 +49,7 @@ class FewRowsNorm(nn.RMSNorm):
         if not _is_small(x) or x.shape[-1] % 16 or self.weight is None:
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         return torch.ops.gristmill.rms_norm(rows, self.weight, eps).view(x.shape)
 
 
@@ -96,7 +96,7 @@ def use_kernels(model: nn.Module) -> str | None:
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of three layers makes of x, in one call where all have the kernel."""
     if _all_fit(x, layers):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         out = torch.ops.gristmill.few_rows_3(rows, *_operands(layers))
         return tuple(y.view(*x.shape[:-1], -1) for y in out)
     return tuple(layer(x) for layer in layers)
@@ -105,7 +105,7 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
     """silu(gate(x)) * up(x), in one call where both have the kernel."""
     if _all_fit(x, (gate, up)):
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _rows(x)
         y = torch.ops.gristmill.few_rows_gated(rows, *_operands((gate, up)))
         return y.view(*x.shape[:-1], -1)
     return F.silu(gate(x)) * up(x)
@@ -168,6 +168,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [..., size] as [rows, size] without gaps: a reshaped part of something wider has them."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def _is_small(x: Tensor) -> bool:
     return (
         math.prod(x.shape[:-1]) <= MOST_ROWS
@@ -189,7 +194,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _rows(x)
     y = torch.ops.gristmill.few_rows(rows, weight, scale, bias)
     return y.view(*x.shape[:-1], -1)
 

@@ -104,6 +104,16 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     assert not kernels.is_built()
 
 
+@torch.inference_mode()
+def test_parts_of_something_wider(kernel):
+    wide = torch.randn(3, 1, 96).bfloat16()
+    part, weight = wide[..., 16:80], torch.randn(50, 64).bfloat16()
+    assert torch.equal(kernels.linear(part, weight), kernels.linear(part.clone(), weight))
+    norm = torch.nn.RMSNorm(64).bfloat16()
+    norm.__class__ = kernels.FewRowsNorm
+    close(norm(part), F.rms_norm(part.float(), (64,)))
+
+
 ATTENTION = {
     "grouped": {"num_kv_heads": 2},
     "one group": {"num_kv_heads": 1, "head_dim": 64},
