@@ -33,7 +33,7 @@ def evaluate(cfg: Evaluate) -> None:
         return
     _check(cfg, names)
     source = open_model_dir(cfg.checkpoint_dir or "")
-    precision = _precision(cfg, source)
+    precision, remark = _precision(cfg, source)
     results = Results(cfg, source)
     if cfg.access_token is not None:
         os.environ["HF_TOKEN"] = cfg.access_token
@@ -44,6 +44,7 @@ def evaluate(cfg: Evaluate) -> None:
         precision=precision,
         batch_size=cfg.batch_size if isinstance(cfg.batch_size, int) else "auto",
         seed=cfg.seed,
+        remark=remark,
     )
     if cfg.apply_chat_template:
         _ = subject.chat_template  # says if there is none
@@ -116,16 +117,16 @@ def _is_positive(text: str) -> bool:
         return False
 
 
-def _precision(cfg: Evaluate, source: ModelDir) -> str:
-    """What is computed in: what is asked for, or what the weights are stored in."""
+def _precision(cfg: Evaluate, source: ModelDir) -> tuple[str, str | None]:
+    """What is computed in: what is asked for, or what the weights are stored in; and a remark."""
+    device = choose_device(cfg.device)
     if cfg.dtype is not None:
-        return DTYPES[cfg.dtype]
+        return DTYPES[cfg.dtype], None
     if cfg.precision != "auto":
-        return cfg.precision
-    fast = bf16_supported(choose_device(cfg.device))
+        return cfg.precision, None
+    fast = bf16_supported(device)
     stored = str(source.parameters()["embed.weight"].dtype).removeprefix("torch.")
     if stored == "bfloat16" and fast:
-        return "bf16-true"
-    if fast:
-        note("Computed in float32, as the weights are stored; --precision bf16-mixed is faster.")
-    return "32-true"
+        return "bf16-true", None
+    remark = "Computed in float32, as the weights are stored; --precision bf16-mixed is faster."
+    return "32-true", remark if fast else None

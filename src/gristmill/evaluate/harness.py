@@ -171,13 +171,14 @@ def _settings(text: str | None) -> dict[str, Any]:
     """What --gen_kwargs says."""
     from lm_eval.utils import simple_parse_args_string
 
-    try:
-        return dict(simple_parse_args_string(text))
-    except ValueError:
+    if text is None:
+        return {}
+    if not all(part.partition("=")[1] for part in text.split(",")):
         raise UserError(
             f"--gen_kwargs {text} is no list of settings. write them as "
             "temperature=0.8,max_gen_toks=128."
-        ) from None
+        )
+    return dict(simple_parse_args_string(text))
 
 
 def _listed(parts: Sequence[Any]) -> list[str]:

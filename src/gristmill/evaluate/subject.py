@@ -23,10 +23,17 @@ class Subject:
     """Answers the three kinds of questions that tasks put to a language model."""
 
     def __init__(
-        self, path: Path, *, device: str, precision: str, batch_size: int | str, seed: int
+        self,
+        path: Path,
+        *,
+        device: str,
+        precision: str,
+        batch_size: int | str,
+        seed: int,
+        remark: str | None = None,
     ) -> None:
         self.path, self.device, self.precision = path, device, precision
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self._remark = batch_size, seed, remark
         self.is_asked = False
         """Whether a question came yet."""
         self.tokenizer: Tokenizer = load_tokenizer(path)
@@ -38,6 +45,8 @@ class Subject:
         loaded = load(self.path, self.device, self.precision)
         use_few_threads(loaded)
         note(loaded.summary())
+        if self._remark is not None:
+            note(self._remark)
         return loaded
 
     @cached_property

@@ -29,8 +29,9 @@ class Memory(NamedTuple):
 def choose_device(name: str = "auto") -> torch.device:
     """The device to work on: `auto` is the local CUDA device, then MPS, then the CPU.
 
-    Raises UserError when the named kind of device is not on this machine.
+    `cuda:1` is the second one. Raises UserError when the named device is not on this machine.
     """
+    name, colon, number = name.partition(":")
     has = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -38,18 +39,47 @@ def choose_device(name: str = "auto") -> torch.device:
     }
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if has[kind])
-    if name not in has:
-        raise UserError(f"unknown device ({name}). choose one of: auto, cpu, cuda, mps.")
+    if name not in has or (colon and not (name == "cuda" and number.isdecimal())):
+        given = f"{name}{colon}{number}"
+        raise UserError(f"unknown device ({given}). choose one of: auto, cpu, cuda, mps, cuda:1.")
     if not has[name]:
         there = ", ".join(kind for kind, present in has.items() if present)
         raise UserError(
             f"torch finds no {name} device here (torch {torch.__version__}, available: {there}). "
             f"use --device auto, or install the torch build for this device."
         )
+    if colon and int(number) >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no cuda:{number} here (of {torch.cuda.device_count()}, counted from 0). "
+            "choose another."
+        )
+    if colon:
+        return torch.device("cuda", int(number))
     if name == "cuda":
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         return torch.device("cuda", index)
     return torch.device(name)
+
+
+def num_devices(asked: int | str, kind: str = "auto") -> int:
+    """Processes on this machine: one for each device asked for; `auto`: all GPUs, or one.
+
+    Raises UserError for more than there are; a CPU takes any number.
+    """
+    if isinstance(asked, int) and asked < 1:
+        raise UserError(f"--devices {asked}: give 1 or more.", {"--devices": 1})
+    kind = choose_device(kind).type
+    if kind == "cpu":
+        return asked if isinstance(asked, int) else 1
+    there = torch.cuda.device_count() if kind == "cuda" else 1
+    if not isinstance(asked, int):
+        return there
+    if asked > there:
+        raise UserError(
+            f"--devices {asked}: this machine has {there}. Use at most that.",
+            {"--devices": there},
+        )
+    return asked
 
 
 def bf16_supported(device: torch.device) -> bool:

@@ -1,8 +1,13 @@
 """Tiny random models of every kind that attention and positions come in."""
 
+import json
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
 
 from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig, RopeScaling
+from gristmill.formats import hf
 from gristmill.infer.load import LoadedModel
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
@@ -59,3 +64,36 @@ def tiny(shape="grouped", context=64):
 def loaded(model, precision="32-true"):
     """The model without a tokenizer, which scoring does not ask for."""
     return LoadedModel("tiny", model, None, torch.device("cpu"), precision)
+
+
+def write_model(folder, context=96, template=None):
+    """A random model with a tokenizer of bytes, as a Hugging Face directory."""
+    words = folder / "tokenizer"
+    words.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=258,
+        special_tokens=["<eos>", "<bos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([], trainer)
+    tokenizer.save(str(words / "tokenizer.json"))
+    settings = {"bos_token": "<bos>", "eos_token": "<eos>", "add_bos_token": True}
+    (words / "tokenizer_config.json").write_text(json.dumps(settings))
+    if template is not None:
+        (words / "chat_template.jinja").write_text(template)
+    config = ModelConfig(
+        vocab_size=258,
+        num_layers=2,
+        hidden_size=32,
+        num_heads=4,
+        intermediate_size=64,
+        max_seq_length=context,
+    )
+    model = Decoder(config)
+    init_weights(model, seed=7)
+    hf.write(folder / "model", config, dict(model.state_dict()), tokenizer_dir=words)
+    return folder / "model"

@@ -22,6 +22,18 @@ def test_absent_device_is_refused(monkeypatch):
         dev.choose_device("tpu")
 
 
+def test_one_of_several_devices_is_named_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert dev.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert dev.choose_device("cuda") == torch.device("cuda", 0)
+    with pytest.raises(UserError, match="no cuda:2 here \\(of 2"):
+        dev.choose_device("cuda:2")
+    for wrong in ("cpu:1", "cuda:", "cuda:first"):
+        with pytest.raises(UserError, match="unknown device"):
+            dev.choose_device(wrong)
+
+
 @pytest.mark.parametrize(
     ("flags", "precision"),
     [
