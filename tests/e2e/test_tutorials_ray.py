@@ -23,22 +23,25 @@ from gristmill.formats.model_dir import open_model_dir
 
 pytestmark = pytest.mark.slow
 
+EFS = "/".join(("", "home", "ray", "efs"))
+"""The guide's folder that all nodes share."""
+CLUSTER = f"{EFS}/cluster"
+RUN = f"{CLUSTER}/pretrained-checkpoints/H100/sample-10B"
+FINAL = f"{RUN}/final"
+
 PREPARE = (
-    "python optimize_dataset.py "
-    '--input_dir="/home/ray/efs/team/datasets/fineweb/sample_fine_web_10BT" '
-    '--tokenizer_dir="/home/ray/efs/cluster/checkpoints/meta-llama/Meta-Llama-3-8B" '
-    '--output_dir="/home/ray/efs/cluster/optimized-dataset"'
+    f'python optimize_dataset.py --input_dir="{EFS}/team/datasets/fineweb/sample_fine_web_10BT" '
+    f'--tokenizer_dir="{CLUSTER}/checkpoints/meta-llama/Meta-Llama-3-8B" '
+    f'--output_dir="{CLUSTER}/optimized-dataset"'
 )
 MERGE = (
-    'python merge_files.py --source_dir="/home/ray/efs/cluster/optimized-dataset/train" '
-    '--target_dir="/home/ray/efs/cluster/data/optimized-fine-web-sample10BT/train"'
+    f'python merge_files.py --source_dir="{CLUSTER}/optimized-dataset/train" '
+    f'--target_dir="{CLUSTER}/data/optimized-fine-web-sample10BT/train"'
 )
 TRAIN = (
     "python distributed_pretrain.py --model_name Meta-Llama-3-8B  "
-    "--dataset_path=/home/ray/efs/cluster/data/optimized-fine-web-sample10BT --num_nodes=4 "
-    "--out_dir=/home/ray/efs/cluster/pretrained-checkpoints/H100/sample-10B"
+    f"--dataset_path={CLUSTER}/data/optimized-fine-web-sample10BT --num_nodes=4 --out_dir={RUN}"
 )
-FINAL = "/home/ray/efs/cluster/pretrained-checkpoints/H100/sample-10B/final"
 CONSOLIDATE = f"python -m lightning.pytorch.utilities.consolidate_checkpoint {FINAL}/lit_model.pth/"
 CONVERT = f"python convert_pretrained_checkpoint.py {FINAL} {FINAL}-exported-checkpoint"
 CHAT = f"litgpt chat {FINAL}-exported-checkpoint"
@@ -75,7 +78,7 @@ def efs(place: Path) -> Path:
 
 
 def here(line: str, efs: Path) -> str:
-    return line.replace("/home/ray/efs", str(efs))
+    return line.replace(EFS, str(efs))
 
 
 def test_the_way_of_the_guide(efs, place, nodes, monkeypatch, capsys):

@@ -25,7 +25,8 @@ STEPS = (
 )
 
 
-def test_the_way_of_tinyllama(place, monkeypatch, capsys):
+def prepare_tinyllama(place, capsys) -> None:
+    """Tokenizer and both corpora, as the tutorial prepares them."""
     world.slimpajama(place / "data/slimpajama-raw")
     world.starcoder(place / "data/starcoderdata-raw")
     assert run("python scripts/download.py") == 0
@@ -55,6 +56,9 @@ def test_the_way_of_tinyllama(place, monkeypatch, capsys):
     assert train.num_documents == 30  # a quarter is GitHub's
     assert train.dtype == "uint16"  # half of what the script takes
 
+
+def test_the_way_of_tinyllama(place, monkeypatch, capsys):
+    prepare_tinyllama(place, capsys)
     line = "python pretrain/tinyllama.py"
     capsys.readouterr()
     assert run(line, *SHORT, *STEPS, "--train.max_steps", "6") == 0
