@@ -55,6 +55,8 @@ def chat(cfg: Chat) -> None:
             "This model has no chat template: it continues each prompt as it stands and "
             "remembers no earlier one."
         )
+    if loaded.knows_template:
+        note("Its files have no chat template; questions are put as its model card says.")
     context = loaded.context(compiled=cfg.compile)
     emit(f"Now chatting with {loaded.name}.\n{_how_to_leave(cfg.multiline)}\n")
     with _line_editing(keep=cfg.history):

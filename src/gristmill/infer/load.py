@@ -29,6 +29,7 @@ from gristmill.models.device import (
     weight_dtype,
 )
 from gristmill.models.kernels import use_kernels
+from gristmill.models.zoo.chat import chat_template
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -43,6 +44,8 @@ class LoadedModel:
     device: torch.device
     precision: str
     quantize: str | None = None
+    knows_template: bool = False
+    """Whether its chat template is not in its files but among what is known of named models."""
 
     @property
     def limit(self) -> int:
@@ -251,11 +254,16 @@ def load(
         # Rows behind the last token were never trained and could win over trained ones.
         model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)
     # Without it, because the processor has other units or there is no compiler, torch's are used.
-    use_kernels(model)
+    use_kernels(model, note)
     if quantize is not None:
         round_weights(model, quantize, chosen)
     name = model_name(checkpoint_dir)
-    return LoadedModel(name, model, tokenizer, chosen, resolved, quantize)
+    known = None if tokenizer.chat_template or tokenizer_dir else chat_template(name)
+    if known is not None:
+        tokenizer.chat_template = known
+    return LoadedModel(
+        name, model, tokenizer, chosen, resolved, quantize, knows_template=known is not None
+    )
 
 
 def check_options(sampling: Sampling) -> None:

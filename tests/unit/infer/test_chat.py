@@ -269,3 +269,17 @@ def test_a_home_without_rights_has_no_history(chat_model, monkeypatch, tmp_path,
     at_a_terminal(monkeypatch, ["hello", ""])
     run(chat_model)
     assert capsys.readouterr().out.count(">> Reply: ") == 1
+
+
+def test_a_model_known_by_name_is_asked_as_its_card_says(base_model, tmp_path, piped, capsys):
+    (tmp_path / "phi-2").symlink_to(base_model)
+    loaded = load(tmp_path / "phi-2", "cpu", "32-true")
+    conversation = Conversation(loaded, room=8)
+    conversation.ask("Why?")
+    conversation.answered("Because.")
+    ids, _ = conversation.ask("So?")
+    asked = "Instruct: Why?\nOutput: Because.\nInstruct: So?\nOutput:"
+    assert loaded.tokenizer.decode(ids) == asked
+    piped("Why?\n")
+    run(tmp_path / "phi-2")
+    assert "as its model card says" in capsys.readouterr().err
