@@ -16,7 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -76,13 +76,16 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def use_kernels(model: nn.Module) -> str | None:
-    """Have a decoder in bf16 on a CPU use them; None, or why not. Parameters stay as they are."""
+def use_kernels(model: nn.Module, tell: Callable[[str], None] | None = None) -> str | None:
+    """Have a decoder in bf16 on a CPU use them; None, or why not. Parameters stay as they are.
+
+    `tell` gets a line when they have to be built first.
+    """
     weights = {p.dtype for p in model.parameters()}
     devices = {p.device.type for p in model.parameters()}
     if devices != {"cpu"} or torch.bfloat16 not in weights:
         return "they are for bf16 on a CPU"
-    if reason := build():
+    if reason := build(tell):
         return reason
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
@@ -203,15 +206,15 @@ _state: dict[str, str | None] = {}
 
 
 def is_built() -> bool:
-    """Whether this process has the kernel."""
+    """Whether this process has the kernels."""
     return _state.get("reason", "not asked for") is None
 
 
-def build() -> str | None:
-    """Build the kernel or load it from the cache; None, or why this process goes without."""
+def build(tell: Callable[[str], None] | None = None) -> str | None:
+    """Build the kernels or load them from the cache; None, or why this process goes without."""
     if "reason" not in _state:
         try:
-            torch.ops.load_library(_library())
+            torch.ops.load_library(_library(tell))
             torch.library.register_fake("gristmill::few_rows", _fake)
             torch.library.register_fake("gristmill::few_rows_3", _fake_3)
             torch.library.register_fake("gristmill::few_rows_gated", _fake)
@@ -232,7 +235,7 @@ def _fake_3(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape[0], w.shape[0]) for w in others[:3] if w is not None)
 
 
-def _library() -> Path:
+def _library(tell: Callable[[str], None] | None) -> Path:
     """The shared library, built unless it is in the cache."""
     if platform.system() != "Linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
         raise RuntimeError("the processor has no AMX")
@@ -249,6 +252,8 @@ def _library() -> Path:
             continue
     built = folder / name
     if not built.is_file():
+        if tell is not None:
+            tell("Building the kernels for this processor, once: some seconds.")
         _compile(compiler, source, built)
     return built
 
