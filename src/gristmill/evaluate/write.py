@@ -66,7 +66,7 @@ class Writer:
         # Long ones first: the rows of a batch then end at about the same time.
         order = sorted(numbers, key=lambda number: -len(ids[number]))
         tasks = [Task(ids[number], self.seed + number, goes_on=False) for number in order]
-        rows = choose_rows(self.batch_size, len(tasks), self.loaded.device)
+        rows = choose_rows(self.loaded, self.batch_size, tasks, sampling)
         for place, piece in write_texts(self.loaded, tasks, sampling, rows=rows):
             if not isinstance(piece, Ending):
                 written[order[place]] += piece
