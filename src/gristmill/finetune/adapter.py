@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gristmill.config.finetune import FinetuneAdapter
 from gristmill.config.model import AdaptionPrompt, ModelConfig
-from gristmill.finetune.lora import refuse_tensor_parallel, write_adapter
+from gristmill.finetune.lora import base_path, refuse_tensor_parallel, write_adapter
 from gristmill.formats import tuned
 from gristmill.formats.adapted import is_prompt
 from gristmill.formats.beside import building
@@ -97,14 +97,14 @@ class Adapter(Method):
         assert job.start_dir is not None, "finetuning starts from a model"
         prompt = self._with_prompt(job.model).adaption_prompt
         assert prompt is not None
-        return {tuned.FILE: tuned.describe(job.start_dir.resolve(), asdict(prompt))}
+        return {tuned.FILE: tuned.describe(base_path(job), asdict(prompt))}
 
     def write(
         self, job: Job, weights: Mapping[str, Tensor], final: Path, files: dict[str, str]
     ) -> None:
         """`final/`: the adapter, in PEFT's layout where PEFT knows the architecture."""
         assert job.start_dir is not None, "finetuning starts from a model"
-        config, base = self._with_prompt(job.model), str(job.start_dir.resolve())
+        config, base = self._with_prompt(job.model), str(base_path(job))
         prompts = {name: value for name, value in weights.items() if is_prompt(name)}
         with building(final) as directory:
             write_adapter(job, directory, prompt_files(config, prompts, base=base))

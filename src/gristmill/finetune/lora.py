@@ -138,9 +138,8 @@ class Lora(Method):
 
     def files(self, job: Job) -> dict[str, str]:
         """What a checkpoint's tensors mean, and where the base is."""
-        assert job.start_dir is not None, "finetuning starts from a model"
         settings = {"scale": self.cfg.lora_alpha / self.cfg.lora_r, "r": self.cfg.lora_r}
-        return {tuned.FILE: tuned.describe(job.start_dir.resolve(), settings)}
+        return {tuned.FILE: tuned.describe(base_path(job), settings)}
 
     def write(
         self, job: Job, weights: Mapping[str, Tensor], final: Path, files: dict[str, str]
@@ -154,7 +153,7 @@ class Lora(Method):
             adapters,
             alpha=self.cfg.lora_alpha,
             dropout=self.cfg.lora_dropout,
-            base=str(job.start_dir.resolve()),
+            base=str(base_path(job)),
             row_lengths=partial(_row_lengths, base.parameters()),
         )
         write_model_dir(
@@ -171,6 +170,12 @@ class Lora(Method):
             "alone, for PEFT.",
             file=sys.stderr,
         )
+
+
+def base_path(job: Job) -> Path:
+    """Where the base's own files are: of a run, its model directory."""
+    assert job.start_dir is not None, "finetuning starts from a model"
+    return open_model_dir(job.start_dir).path.resolve()
 
 
 def write_adapter(job: Job, directory: Path, files: AdapterFiles) -> None:

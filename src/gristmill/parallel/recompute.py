@@ -47,11 +47,18 @@ def recompute(model: nn.Module, how: str | float) -> None:
     if how in ("selective", "full"):
         for block in model.layers:
             # A method of the object and not a module around it: names of parameters stay.
-            block.forward = _forgetful(block.forward, selective=how == "selective")
+            block.forward = _forgetful(
+                block.forward, selective=how == "selective", draws=_draws(block)
+            )
 
 
-def _forgetful(forward: Any, *, selective: bool) -> Any:
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+def _draws(block: nn.Module) -> bool:
+    """Whether a block uses random numbers: then the second time it must draw the same."""
+    return any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
+
+
+def _forgetful(forward: Any, *, selective: bool, draws: bool) -> Any:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
