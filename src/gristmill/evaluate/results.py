@@ -84,8 +84,9 @@ def _path(cfg: Evaluate, model: Path) -> Path:
     if model.is_file():
         return model.parent / FOLDER / FILE
     if model.name.startswith("step-"):
-        # A checkpoint goes when newer ones come.
-        return model.parent / FOLDER / model.name / FILE
+        # A checkpoint goes when newer ones come, and its export when --eval.command has ended.
+        runs = [folder for folder in model.absolute().parents if (folder / "run.yaml").is_file()]
+        return (runs or [model.parent])[0] / FOLDER / model.name / FILE
     return model / FOLDER / FILE
 
 

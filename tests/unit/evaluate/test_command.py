@@ -1,6 +1,7 @@
 """The command: what it measures, where it puts what, and what it refuses."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -135,6 +136,17 @@ def test_out_dir_may_be_the_model_and_not_a_run(measure, model, tmp_path):
 def test_results_go_beside_the_weights(measure, other_model):
     assert measure(path=other_model)[0] == 0
     assert (other_model / "evaluate/results.json").is_file()
+
+
+def test_results_of_what_goes_are_kept_by_the_run(measure, model, tmp_path):
+    run = tmp_path / "run"
+    for place in ("step-00000004", "eval/weights/step-00000008"):
+        shutil.copytree(model, run / place)
+    (run / "run.yaml").write_text("")
+    for place in ("step-00000004", "eval/weights/step-00000008"):
+        assert measure(path=run / place)[0] == 0
+    kept = sorted(str(path.relative_to(run)) for path in run.rglob("results.json"))
+    assert kept == [f"evaluate/step-0000000{n}/results.json" for n in (4, 8)]
 
 
 def test_a_model_for_chats_is_asked_in_its_template(measure, model, other_model, tmp_path):
