@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
+from gristmill.models import kernels
 from gristmill.models.attention import Attention
-from gristmill.models.cache import KVCache, LayerCache, RowsCache
+from gristmill.models.cache import KVCache, LayerCache, LayerRows, RowsCache
 from gristmill.models.check import check_config
 from gristmill.models.latent import LatentAttention
 from gristmill.models.loss import IGNORE, VocabularyShard, linear_cross_entropy
@@ -60,6 +61,7 @@ class Block(nn.Module):
         else:
             self.mlp = build_mlp(config)
         self.mlp_post_norm = norm(config.post_norm)
+        self.is_plain = kernels.is_plain(config) and not self.has_experts
 
     def forward(
         self,
@@ -67,9 +69,13 @@ class Block(nn.Module):
         cos: Tensor | None,
         sin: Tensor | None,
         mask: Any = None,
-        cache: LayerCache | None = None,
+        cache: LayerCache | LayerRows | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream x [B, T, d] after this block, and how uneven its experts' load is."""
+        if isinstance(cache, LayerRows) and cache.direct and self.is_plain:
+            y = self._decode(x, None if cos is None or sin is None else (cos, sin), cache)
+            if y is not None:
+                return y, None
         normed = self.attn_norm(x)
         attended = self.attn_post_norm(self.attn(normed, cos, sin, mask, cache))
         if self.parallel:
@@ -78,6 +84,24 @@ class Block(nn.Module):
         x = x + attended
         out, balance = self.feed_forward(self.mlp_norm(x))
         return x + self.mlp_post_norm(out), balance
+
+    def _decode(
+        self, x: Tensor, tables: tuple[Tensor, Tensor] | None, cache: LayerRows
+    ) -> Tensor | None:
+        """One token of each sequence through the kernel of a whole block, if it has that."""
+        own, attn, mlp = self._modules, self.attn, self.mlp._modules
+        parts = attn._modules
+        return kernels.block(
+            x,
+            (own["attn_norm"], own["mlp_norm"]),
+            (*(parts[name] for name in "qkvo"), mlp["gate"], mlp["up"], mlp["down"]),
+            tables,
+            cache.tensors,
+            cache.positions,
+            window=attn.window,
+            scale=attn.scale or attn.head_size**-0.5,
+            softcap=attn.softcap,
+        )
 
     def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Each token of x [B, T, d] on its own, [B, T, d], and the load-balancing loss, if any."""

@@ -303,36 +303,51 @@ static void one_group(const Heads& h, int64_t row, int64_t group, std::vector<fl
   }
 }
 
+// Where the keys and values of a block are kept, and how its heads attend.
+struct Attention {
+  std::optional<Tensor> cos, sin;
+  Tensor keys, values, positions;
+  int64_t window;
+  double scale, softcap;
+
+  // out [n, heads, D] of q [n, heads, D], k and v [n, groups, D], all without gaps.
+  void operator()(const Tensor& q, const Tensor& k, const Tensor& v, int64_t heads, Tensor& out) const {
+    const int64_t n = positions.size(0), D = keys.size(3);
+    const Heads h{
+        static_cast<const bf16*>(q.data_ptr()),
+        static_cast<const bf16*>(k.data_ptr()),
+        static_cast<const bf16*>(v.data_ptr()),
+        cos ? static_cast<const float*>(cos->data_ptr()) : nullptr,
+        sin ? static_cast<const float*>(sin->data_ptr()) : nullptr,
+        static_cast<bf16*>(keys.data_ptr()),
+        static_cast<bf16*>(values.data_ptr()),
+        static_cast<const int64_t*>(positions.data_ptr()),
+        static_cast<bf16*>(out.data_ptr()),
+        heads,
+        keys.size(1),
+        D,
+        keys.size(2),
+        cos ? cos->size(cos->dim() - 1) : 0,
+        window,
+        static_cast<float>(scale),
+        static_cast<float>(softcap)};
+    int64_t longest = 0;
+    for (int64_t row = 0; row < n; row++) longest = std::max(longest, h.positions[row] + 1);
+    const int64_t least = std::max<int64_t>(1, 65536 / (longest * D * (heads / h.groups)));
+    torch::stable::parallel_for(0, n * h.groups, least, [&](int64_t begin, int64_t end) {
+      std::vector<float> scores;
+      for (int64_t item = begin; item < end; item++)
+        one_group(h, item / h.groups, item % h.groups, scores);
+    });
+  }
+};
+
 Tensor attend_rows(
     Tensor q, Tensor k, Tensor v, std::optional<Tensor> cos, std::optional<Tensor> sin, Tensor keys,
     Tensor values, Tensor positions, int64_t window, double scale, double softcap) {
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  const Heads h{
-      static_cast<const bf16*>(q.data_ptr()),
-      static_cast<const bf16*>(k.data_ptr()),
-      static_cast<const bf16*>(v.data_ptr()),
-      cos ? static_cast<const float*>(cos->data_ptr()) : nullptr,
-      sin ? static_cast<const float*>(sin->data_ptr()) : nullptr,
-      static_cast<bf16*>(keys.data_ptr()),
-      static_cast<bf16*>(values.data_ptr()),
-      static_cast<const int64_t*>(positions.data_ptr()),
-      static_cast<bf16*>(out.data_ptr()),
-      q.size(1),
-      k.size(1),
-      q.size(2),
-      keys.size(2),
-      cos ? cos->size(cos->dim() - 1) : 0,
-      window,
-      static_cast<float>(scale),
-      static_cast<float>(softcap)};
-  int64_t longest = 0;
-  for (int64_t row = 0; row < q.size(0); row++) longest = std::max(longest, h.positions[row] + 1);
-  const int64_t least = std::max<int64_t>(1, 65536 / (longest * h.D * (h.heads / h.groups)));
-  torch::stable::parallel_for(0, q.size(0) * h.groups, least, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores;
-    for (int64_t item = begin; item < end; item++)
-      one_group(h, item / h.groups, item % h.groups, scores);
-  });
+  const Attention attend{cos, sin, keys, values, positions, window, scale, softcap};
+  attend(q, k, v, q.size(1), out);
   return out;
 }
 
@@ -357,6 +372,39 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   return y;
 }
 
+// ---- a whole block: norm, attention and gated feed-forward around the residual stream ----------
+
+static void add(const Tensor& x, Tensor& y) {
+  const bf16* from = static_cast<const bf16*>(x.data_ptr());
+  bf16* to = static_cast<bf16*>(y.data_ptr());
+  for (int64_t i = 0; i < y.numel(); i++)
+    to[i] = static_cast<bf16>(static_cast<float>(to[i]) + static_cast<float>(from[i]));
+}
+
+Tensor block(
+    Tensor x, Tensor attn_norm, Tensor mlp_norm, double eps, std::optional<Tensor> cos,
+    std::optional<Tensor> sin, Tensor keys, Tensor values, Tensor positions, int64_t window,
+    double scale, double softcap, Tensor q, Tensor k, Tensor v, Tensor o, Tensor gate, Tensor up,
+    Tensor down, std::optional<Tensor> scale_q, std::optional<Tensor> scale_k,
+    std::optional<Tensor> scale_v, std::optional<Tensor> scale_o, std::optional<Tensor> scale_gate,
+    std::optional<Tensor> scale_up, std::optional<Tensor> scale_down, std::optional<Tensor> bias_q,
+    std::optional<Tensor> bias_k, std::optional<Tensor> bias_v, std::optional<Tensor> bias_o,
+    std::optional<Tensor> bias_gate, std::optional<Tensor> bias_up,
+    std::optional<Tensor> bias_down) {
+  const auto [queries, new_keys, new_values] = few_rows_3(
+      rms_norm(x, attn_norm, eps), q, k, v, scale_q, scale_k, scale_v, bias_q, bias_k, bias_v);
+  Tensor attended = torch::stable::new_empty(x, {x.size(0), q.size(0)});
+  const Attention attend{cos, sin, keys, values, positions, window, scale, softcap};
+  attend(queries, new_keys, new_values, q.size(0) / keys.size(3), attended);
+  Tensor y = few_rows(attended, o, scale_o, bias_o);
+  add(x, y);
+  const Tensor inner = few_rows_gated(
+      rms_norm(y, mlp_norm, eps), gate, up, scale_gate, scale_up, bias_gate, bias_up);
+  Tensor z = few_rows(inner, down, scale_down, bias_down);
+  add(y, z);
+  return z;
+}
+
 STABLE_TORCH_LIBRARY_FRAGMENT(gristmill, m) {
   m.def("few_rows(Tensor x, Tensor w, Tensor? scale, Tensor? bias) -> Tensor");
   m.def(
@@ -370,6 +418,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gristmill, m) {
   m.def(
       "attend_rows(Tensor q, Tensor k, Tensor v, Tensor? cos, Tensor? sin, Tensor(a!) keys, "
       "Tensor(b!) values, Tensor positions, int window, float scale, float softcap) -> Tensor");
+  m.def(
+      "block(Tensor x, Tensor attn_norm, Tensor mlp_norm, float eps, Tensor? cos, Tensor? sin, "
+      "Tensor(a!) keys, Tensor(b!) values, Tensor positions, int window, float scale, "
+      "float softcap, Tensor q, Tensor k, Tensor v, Tensor o, Tensor gate, Tensor up, "
+      "Tensor down, Tensor? scale_q, Tensor? scale_k, Tensor? scale_v, Tensor? scale_o, "
+      "Tensor? scale_gate, Tensor? scale_up, Tensor? scale_down, Tensor? bias_q, "
+      "Tensor? bias_k, Tensor? bias_v, Tensor? bias_o, Tensor? bias_gate, Tensor? bias_up, "
+      "Tensor? bias_down) -> Tensor");
   // The kernel of the system hands out tile registers on request.
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;
   syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
@@ -380,5 +436,6 @@ STABLE_TORCH_LIBRARY_IMPL(gristmill, CPU, m) {
   m.impl("few_rows_3", TORCH_BOX(&few_rows_3));
   m.impl("few_rows_gated", TORCH_BOX(&few_rows_gated));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("block", TORCH_BOX(&block));
   m.impl("attend_rows", TORCH_BOX(&attend_rows));
 }

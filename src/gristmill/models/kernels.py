@@ -96,6 +96,61 @@ def use_kernels(model: nn.Module, tell: Callable[[str], None] | None = None) -> 
     return None
 
 
+def is_plain(config: ModelConfig) -> bool:
+    """Whether `block` computes the blocks without experts of such a model."""
+    width = config.num_heads * config.head_size
+    return (
+        (config.norm, config.norm_weight, config.norm_unit_offset) == ("rmsnorm", True, False)
+        and config.pre_norm
+        and not config.post_norm
+        and not config.parallel_residual
+        and (config.mlp, config.activation) == ("gated", "silu")
+        and config.qk_norm == "none"
+        and config.qkv_clip is None
+        and config.latent_attention is None
+        and all(n % 32 == 0 for n in (config.hidden_size, config.intermediate_size, width))
+        and config.kv_heads * config.head_size >= 32
+    )
+
+
+def block(
+    x: Tensor,
+    norms: Sequence[nn.Module],
+    layers: Sequence[nn.Module],
+    tables: tuple[Tensor, Tensor] | None,
+    cache: Sequence[Tensor],
+    positions: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor | None:
+    """The residual stream x [n, 1, d] after a plain block, in one call; None where it has others.
+
+    `norms` are those before attention and feed-forward, `layers` are q, k, v, o, gate, up and
+    down; the rest is as in `attend_rows`.
+    """
+    first, second = norms
+    known = all(type(layer) in (FewRowsLinear, Int8Linear) for layer in layers)
+    if not known or type(first) is not FewRowsNorm or not _is_small(x):
+        return None
+    eps = torch.finfo(x.dtype).eps if first.eps is None else first.eps
+    y = torch.ops.gristmill.block(
+        _rows(x),
+        first.weight,
+        second.weight,
+        eps,
+        *((None, None) if tables is None else tables),
+        *cache,
+        positions,
+        window or 0,
+        scale,
+        softcap or 0.0,
+        *_operands(layers),
+    )
+    return y.unsqueeze(1)
+
+
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """What each of three layers makes of x, in one call where all have the kernel."""
     if _all_fit(x, layers):
@@ -123,7 +178,7 @@ def _all_fit(x: Tensor, layers: Sequence[nn.Module]) -> bool:
 
 def _operands(layers: Sequence[nn.Module]) -> list[Tensor | None]:
     """Matrices, scales and biases, as the kernels take them."""
-    scales = [getattr(layer, "scale", None) for layer in layers]
+    scales = [layer.scale if type(layer) is Int8Linear else None for layer in layers]
     return [*(layer.weight for layer in layers), *scales, *(layer.bias for layer in layers)]
 
 
@@ -219,6 +274,7 @@ def build(tell: Callable[[str], None] | None = None) -> str | None:
             torch.library.register_fake("gristmill::few_rows_3", _fake_3)
             torch.library.register_fake("gristmill::few_rows_gated", _fake)
             torch.library.register_fake("gristmill::rms_norm", lambda x, *_: torch.empty_like(x))
+            torch.library.register_fake("gristmill::block", lambda x, *_: torch.empty_like(x))
             torch.library.register_fake("gristmill::attend_rows", lambda q, *_: torch.empty_like(q))
             _state["reason"] = None
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
