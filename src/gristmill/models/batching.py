@@ -16,7 +16,7 @@ from torch import Tensor
 from gristmill.config.use_commands import Sampling
 from gristmill.models.cache import KVCache, RowsCache
 from gristmill.models.decoder import Decoder
-from gristmill.models.decoding import check_prompt, check_sampling, read_pieces
+from gristmill.models.decoding import PREFILL_TOKENS, check_prompt, check_sampling
 from gristmill.models.sampling import penalize, sample
 
 
@@ -50,16 +50,37 @@ class Batch:
         self.lengths = [0] * rows
         """How many tokens each row holds."""
 
-    @torch.inference_mode()
     def put(self, row: int, ids: Sequence[int]) -> Tensor:
         """Logits [1, token_ids] after the sequence `ids`, which replaces what the row held."""
-        assert 0 < len(ids) <= self.limit, f"{len(ids)} ids for {self.limit} positions"
-        self.drop(row)
-        tokens = torch.tensor([list(ids)], device=self.device)
-        with self._precision():
-            logits = read_pieces(self.model, self._cache.row(row), tokens)
-        self.lengths[row] = len(ids)
+        *_, logits = self.read(row, ids)
         return logits
+
+    def read(
+        self, row: int, ids: Sequence[int], *, held: int = 0, part_tokens: int | None = None
+    ) -> Iterator[Tensor]:
+        """`put` in parts of so many tokens, between which other rows may step.
+
+        Logits [1, token_ids] after each part; the last are the result. The first `held` ids are
+        those that the row held when it was last dropped, and are not read again.
+        """
+        assert 0 < len(ids) <= self.limit, f"{len(ids)} ids for {self.limit} positions"
+        assert 0 <= held < len(ids), "the last id is always read"
+        self.drop(row)
+        cache = self._cache.row(row)
+        cache.context = len(ids)
+        tokens = torch.tensor([list(ids)], device=self.device)
+        parts = list(tokens[:, held:].split(part_tokens or PREFILL_TOKENS, 1))
+        if held:
+            # Steps of other rows write over the first position of a row that holds nothing.
+            parts.insert(0, tokens[:, :1])
+        for number, part in enumerate(parts):
+            with torch.inference_mode(), self._precision():
+                logits = self.model(part, cache=cache, num_logits=1)[:, -1]
+            if held and number == 0:
+                cache.length = held
+            else:
+                self.lengths[row] = cache.length
+                yield logits
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:

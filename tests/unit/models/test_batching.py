@@ -115,7 +115,7 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
             lengths.append(tokens.shape[1]) or hidden(self, tokens, **more)
         ),
     )
-    monkeypatch.setattr("gristmill.models.decoding.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("gristmill.models.batching.PREFILL_TOKENS", 8)
     logits = Batch(model, 2, 40).put(1, list(range(30)))
     assert lengths == [8, 8, 8, 6]
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
@@ -129,3 +129,29 @@ def test_wrong_uses_are_refused():
         generate_batch(batch, PROMPTS, Sampling(repetition_penalty=0.0))
     with pytest.raises(UserError, match="no room"):
         list(generate_batch(batch, [[1] * 16], Sampling()))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reading_in_parts_while_others_step_and_again_behind_what_was_held(shape):
+    model = tiny(shape)
+    batch = Batch(model, 3, 40)
+    other, ids = [9, 8, 7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
+    batch.put(2, other)
+
+    def step():
+        other.append(len(other) % 7)
+        logits = batch.step([2], other[-1:])
+        alone = Context(model).read(other)
+        torch.testing.assert_close(logits, alone, atol=1e-4, rtol=1e-4)
+
+    for held in (0, 8):
+        parts = 0
+        for got in batch.read(1, ids, held=held, part_tokens=3):
+            parts, logits = parts + 1, got
+            step()
+        assert parts == (4 if held == 0 else 2)
+        torch.testing.assert_close(logits, Context(model).read(ids), atol=1e-4, rtol=1e-4)
+        batch.drop(1)
+        step()
+        # The next text begins alike and goes on otherwise.
+        ids = [*ids[:8], 30, 31, 32, 33]

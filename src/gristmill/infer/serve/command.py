@@ -115,6 +115,7 @@ def build_service(cfg: Serve, loaded: LoadedModel, key: str | None) -> Service:
         loaded.device,
         rows=rows,
         queue_size=cfg.queue_size,
+        holds=not _turns_with_length(loaded),
     )
     return Service(
         model=name,
@@ -146,6 +147,12 @@ def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
             {"--max_length": loaded.limit if cfg.max_length > 1 else None},
         )
     return rows, cfg.max_length
+
+
+def _turns_with_length(loaded: LoadedModel) -> bool:
+    """Whether what the cache holds of a token depends on how long its text was."""
+    scaling = loaded.model.config.rope_scaling
+    return scaling is not None and scaling.kind in ("dynamic", "longrope")
 
 
 def _takes_system(loaded: LoadedModel) -> bool:

@@ -8,7 +8,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -22,11 +22,19 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 READING_S = 0.1
 """How long prompts are read before the replies under way get their next token."""
 
+PART_TOKENS = 256
+"""Tokens of a prompt that are read at once: so long everybody else waits."""
+
+WORTH_HOLDING = 16
+"""Tokens that two texts must have in common at their beginning for the later to go on from them."""
+
 
 class Rows(Protocol):
     """The sequences that are decoded together: `models.batching.Batch`, or a test's."""
 
-    def put(self, row: int, ids: Sequence[int]) -> Tensor: ...  # noqa: D102
+    def read(  # noqa: D102
+        self, row: int, ids: Sequence[int], *, held: int, part_tokens: int
+    ) -> Iterator[Tensor]: ...
     def step(self, rows: list[int], tokens: list[int]) -> Tensor: ...  # noqa: D102
     def drop(self, row: int) -> None: ...  # noqa: D102
 
@@ -108,20 +116,26 @@ def _hand_out(items: list[tuple[Ticket, tuple[int, Piece] | Exception]]) -> None
 
 
 class _Sequence:
-    """One reply in the queue or in a row."""
+    """One reply in the queue or in a row; there is a `reply` once its prompt has been read.
 
-    __slots__ = ("ask", "number", "reply", "ticket")
+    `parts` reads the prompt, and `logits` are those after what was read of it.
+    """
+
+    __slots__ = ("ask", "logits", "number", "parts", "reply", "ticket")
 
     def __init__(self, ticket: Ticket, number: int, ask: Ask) -> None:
         self.ticket, self.number, self.ask = ticket, number, ask
         self.reply: Reply | None = None
+        self.parts: Iterator[Tensor] = iter(())
+        self.logits: Tensor | None = None
 
 
 class Engine:
     """Decodes up to `rows` replies together, on one thread; up to `queue_size` more wait.
 
     `make_rows` builds what decodes; it runs on the engine's thread, because what is compiled for a
-    GPU belongs to the thread that made it.
+    GPU belongs to the thread that made it. With `holds`, a prompt that goes on from a text that a
+    free row still holds, as the next turn of a chat does, is read from there.
     """
 
     def __init__(
@@ -132,13 +146,17 @@ class Engine:
         *,
         rows: int,
         queue_size: int,
+        holds: bool = True,
     ) -> None:
+        self._holds = holds
         self.rows, self.queue_size = rows, queue_size
         self._make_rows, self._tokenizer, self._device = make_rows, tokenizer, device
         self._changed = threading.Condition()
         # All below is written under `_changed`; the rows themselves are the thread's own.
         self._waiting: deque[_Sequence] = deque()
         self._active: dict[int, _Sequence] = {}
+        # What rows held when they were last used, the row used longest ago first.
+        self._held: dict[int, list[int]] = {row: [] for row in range(rows)}
         self._draining = self._stopping = False
         self._failed: BaseException | None = None
         self._outbox: list[tuple[Ticket, tuple[int, Piece] | Exception]] = []
@@ -238,39 +256,63 @@ class Engine:
             if sequence.ticket.is_over:
                 self._leave(rows, row)
         start = time.monotonic()
-        while time.monotonic() - start < READING_S and self._admit(rows):
+        while self._read(rows) and time.monotonic() - start < READING_S:
             pass
-        active = list(self._active)
-        if not active:
-            self._send()
+        active = [row for row, sequence in self._active.items() if sequence.reply is not None]
+        if active:
+            tokens = [self._reply(row).last for row in active]
+            self._try(rows, active, lambda: self._choose(rows, active, rows.step(active, tokens)))
+        self._send()
+
+    def _read(self, rows: Rows) -> bool:
+        """Read a part of the prompt whose turn it is; False when none waits for a free row."""
+        row = next((row for row, s in self._active.items() if s.reply is None), None)
+        if row is None:
+            row = self._admit(rows)
+        if row is not None:
+            found = row
+            self._try(rows, [found], lambda: self._read_part(rows, found))
+        return row is not None
+
+    def _admit(self, rows: Rows) -> int | None:
+        """The free row that the reply that has waited longest gets; None when there is none.
+
+        It is the row that holds most of the beginning of its prompt, such as the conversation so
+        far, else the one used longest ago.
+        """
+        with self._changed:
+            free = [row for row in self._held if row not in self._active]
+            if not free or not self._waiting:
+                return None
+            sequence = self._waiting.popleft()
+            ids = sequence.ask.ids
+            shared = {row: num_shared(self._held[row], ids) for row in free}
+            row = max(free, key=lambda row: shared[row])
+            self._active[row] = sequence
+        sequence.parts = rows.read(row, ids, held=shared[row], part_tokens=PART_TOKENS)
+        return row
+
+    def _read_part(self, rows: Rows, row: int) -> None:
+        sequence = self._active[row]
+        logits = next(sequence.parts, None)
+        if logits is not None:
+            sequence.logits = logits
             return
-        tokens = [self._reply(row).last for row in active]
+        assert sequence.logits is not None
+        sequence.reply = Reply(sequence.ask, self._tokenizer, self._device)
+        self._choose(rows, [row], sequence.logits)
+        sequence.logits = None
+
+    def _try(self, rows: Rows, active: list[int], work: Callable[[], None]) -> None:
+        """Do it; where it fails, the replies in these rows have failed, and no others."""
         try:
-            self._choose(rows, active, rows.step(active, tokens))
+            work()
         except Exception as error:
             note("".join(traceback.format_exception(error)).rstrip())
             for row in active:
                 if row in self._active:
                     self._give_up([row], _failure(error))
-                    rows.drop(row)
-        self._send()
-
-    def _admit(self, rows: Rows) -> bool:
-        """Give a free row to the reply that has waited longest; False when there is none."""
-        with self._changed:
-            free = next((row for row in range(self.rows) if row not in self._active), None)
-            if free is None or not self._waiting:
-                return False
-            sequence = self._waiting.popleft()
-            self._active[free] = sequence
-        try:
-            sequence.reply = Reply(sequence.ask, self._tokenizer, self._device)
-            self._choose(rows, [free], rows.put(free, sequence.ask.ids))
-        except Exception as error:
-            note("".join(traceback.format_exception(error)).rstrip())
-            self._give_up([free], _failure(error))
-            rows.drop(free)
-        return True
+                    self._hold(rows, row, [])
 
     @torch.inference_mode()
     def _choose(self, rows: Rows, active: list[int], logits: Tensor) -> None:
@@ -321,8 +363,16 @@ class Engine:
 
     def _leave(self, rows: Rows, row: int) -> None:
         with self._changed:
-            del self._active[row]
+            sequence = self._active.pop(row)
+        # What is read in parts is whole only at its end, and the last token was never read.
+        held = [] if sequence.reply is None else sequence.ask.ids + sequence.reply.read_ids
+        self._hold(rows, row, held if self._holds else [])
+
+    def _hold(self, rows: Rows, row: int, ids: list[int]) -> None:
         rows.drop(row)
+        # At the end: it is the one used last.
+        del self._held[row]
+        self._held[row] = ids
 
     def _give_up(self, active: list[int], error: Exception) -> None:
         with self._changed:
@@ -337,6 +387,16 @@ class Engine:
     def _tell(items: list[tuple[Ticket, tuple[int, Piece] | Exception]]) -> None:
         if items:
             items[0][0].tell(items)
+
+
+def num_shared(held: list[int], ids: list[int]) -> int:
+    """How many ids of a new text need not be read, because a row holds them; the last always is."""
+    shared = 0
+    for one, other in zip(held, ids[:-1], strict=False):
+        if one != other:
+            break
+        shared += 1
+    return shared if shared >= WORTH_HOLDING else 0
 
 
 def _failure(error: Exception) -> ModelFailed:

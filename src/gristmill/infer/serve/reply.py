@@ -67,11 +67,15 @@ class Piece:
 
 
 class Reply:
-    """The state of one reply between two steps of the model."""
+    """The state of one reply between two steps of the model.
+
+    `last` is the token that it has got last, and `read_ids` those before, which the model has read.
+    """
 
     def __init__(self, ask: Ask, tokenizer: Tokenizer, device: torch.device) -> None:
         self.ask = ask
         self.num_tokens = 0
+        self.read_ids: list[int] = []
         self._num_told = 0
         self.last = -1
         self.generator = torch.Generator(device).manual_seed(ask.seed)
@@ -112,6 +116,8 @@ class Reply:
         """What the chosen token adds, None while there is nothing to say; `logits` are [1, V]."""
         if token_id in self.ask.stop_ids:
             return self._end("stop", self._shown(self._decoder.flush()))
+        if self.num_tokens:
+            self.read_ids.append(self.last)
         self.last = token_id
         self.num_tokens += 1
         self._counts[token_id] += 1

@@ -28,11 +28,14 @@ class Slow:
 
     def __init__(self, batch: Any, step_s: float) -> None:
         self.batch, self.step_s = batch, step_s
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
+        self.read_from: list[int] = []
 
-    def put(self, row, ids):
-        self._fail()
-        return self.batch.put(row, ids)
+    def read(self, row, ids, *, held, part_tokens):
+        self.read_from.append(held)
+        for logits in self.batch.read(row, ids, held=held, part_tokens=part_tokens):
+            self._fail()
+            yield logits
 
     def step(self, rows, tokens):
         time.sleep(self.step_s)

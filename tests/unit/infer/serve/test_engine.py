@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from gristmill.infer.load import load
-from gristmill.infer.serve.engine import Closing, Engine, Full, Gone, ModelFailed
+from gristmill.infer.serve import engine as engine_module
+from gristmill.infer.serve.engine import (
+    Closing,
+    Engine,
+    Full,
+    Gone,
+    ModelFailed,
+    num_shared,
+)
 from gristmill.infer.serve.reply import Ask, Reply
 
 from .conftest import Slow
@@ -80,6 +88,65 @@ def test_company_changes_nothing(loaded):
         together = asyncio.run(main())
     assert together == [alone(loaded, asked) for asked in asks]
     assert all(together)
+
+
+def test_the_next_turn_is_read_from_where_the_last_one_ended(loaded):
+    world = World(loaded, rows=3)
+    texts_of = {}
+
+    async def main():
+        first = ask(loaded, "once upon a time there was a mill", 10)
+        said = (await texts(engine.submit([first]), 1))[0]
+        other = ask(loaded, "something else altogether", 4)
+        await texts(engine.submit([other]), 1)
+        reply = loaded.tokenizer.encode(said)
+        again = Ask(
+            ids=[*first.ids, *reply, *loaded.tokenizer.encode(" and")],
+            max_new_tokens=10,
+            stop_ids=frozenset(),
+            temperature=0.0,
+            goes_on=True,
+        )
+        texts_of[0] = again, (await texts(engine.submit([again]), 1))[0]
+        return len(first.ids)
+
+    with world as engine:
+        length = asyncio.run(main())
+    asked, text = texts_of[0]
+    # The two texts before it, and now all but the last token and the new ones. What the model
+    # wrote may be encoded otherwise than it was written.
+    assert world.slow.read_from[:2] == [0, 0]
+    assert world.slow.read_from[2] >= length
+    assert text == alone(loaded, asked)
+
+
+def test_what_need_not_be_read():
+    held = list(range(50))
+    assert num_shared(held, list(range(40)) + [7, 8]) == 40
+    assert num_shared(held, list(range(50))) == 49
+    assert num_shared(held, list(range(15)) + [99]) == 0
+    assert num_shared(held, list(range(60))) == 50
+    assert num_shared([], [1]) == 0
+
+
+def test_others_go_on_while_a_long_prompt_is_read(loaded, monkeypatch):
+    monkeypatch.setattr(engine_module, "PART_TOKENS", 4)
+    monkeypatch.setattr(engine_module, "READING_S", 0.0)
+    world = World(loaded, rows=2)
+    steps = []
+    step = world.slow.step
+    world.slow.step = lambda rows, tokens: steps.append(list(rows)) or step(rows, tokens)
+
+    async def main():
+        with world as engine:
+            short = engine.submit([ask(loaded, "a", 60)])
+            await short.next()
+            long = engine.submit([ask(loaded, "b" * 60, 8)])
+            return await texts(long, 1)
+
+    assert asyncio.run(main()) == [alone(loaded, ask(loaded, "b" * 60, 8))]
+    before = steps[: next(i for i, rows in enumerate(steps) if len(rows) == 2)]
+    assert len(before) >= 15
 
 
 def test_a_full_queue_takes_all_or_nothing(loaded):
