@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,10 @@ MATRICES = {
 }
 """The matrices of a block that each option means."""
 HEAD = "head"
+NOT_INSTALLED = (
+    "finetune lora needs PEFT, which is not installed. "
+    "Install it: pip install 'gristmill[finetune]'"
+)
 
 
 class Lora(Method):
@@ -79,6 +84,8 @@ class Lora(Method):
                 {"--lora_query": "true", "--lora_value": "true"},
             )
         refuse_tensor_parallel(cfg, "low-rank adapters")
+        if find_spec("peft") is None:
+            raise UserError(NOT_INSTALLED)
         kind = "DoRA" if cfg.lora_dora else "LoRA"
         self.name = f"{kind}, rank {cfg.lora_r}, alpha {cfg.lora_alpha}"
 
@@ -244,10 +251,7 @@ def _inject(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError(
-            "finetune lora needs PEFT, which is not installed. "
-            "Install it: pip install 'gristmill[finetune]'"
-        ) from None
+        raise UserError(NOT_INSTALLED) from None
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,

@@ -173,3 +173,9 @@ def test_what_does_not_suit_the_model_is_refused():
     Lora(FinetuneLora()).check(moe)
     with pytest.raises(UserError, match="has 3 blocks"):
         Adapter(FinetuneAdapter(adapter_start_layer=3)).check(CONFIG)
+
+
+def test_without_peft_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("gristmill.finetune.lora.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gristmill\[finetune\]'"):
+        Lora(FinetuneLora())
