@@ -135,8 +135,8 @@ COMMANDS = {
     "generate": Command(
         "gristmill.config.use_commands:Generate",
         "gristmill.infer.generate:generate",
-        "continue a prompt",
-        ("checkpoint_dir",),
+        "continue a prompt, or many",
+        ("checkpoint_dir", "prompt"),
     ),
     "chat": Command(
         "gristmill.config.use_commands:Chat",

@@ -45,7 +45,8 @@ class Generate(Sampling):
     tokenizer_dir: str | None = None
     """Tokenizer to use; unset: the model's own."""
     prompt: str | None = None
-    """Text to continue. Unset: what comes through a pipe, else a question about llamas."""
+    """Text to continue, also as the second word after the command. Unset: what comes through a
+    pipe, else a question about llamas."""
     prompt_file: str | None = None
     """Many prompts: one a line, or as JSON lines with `prompt` or `messages`; `-` is the input of
     the command."""
