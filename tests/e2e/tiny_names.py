@@ -17,7 +17,7 @@ NAMES = (
     "Llama-3-8B",
     "llama-7b",
 )
-"""Models that the tutorials name: their architecture, two layers of 40."""
+"""Models that the tutorials name: their architecture, three layers of 40."""
 
 
 def tiny_models() -> dict[str, Model]:
@@ -27,7 +27,7 @@ def tiny_models() -> dict[str, Model]:
         config = found[name].config
         shape = replace(
             config,
-            num_layers=2,
+            num_layers=3,
             hidden_size=40,
             num_heads=4,
             num_kv_heads=None if config.num_kv_heads is None else 2,

@@ -388,7 +388,8 @@ def run_apart(line: str, *more: str, timeout: float = 900, **environment: str) -
     site = Path("site")
     site.mkdir(exist_ok=True)
     (site / "sitecustomize.py").write_text(HERE)
-    found = os.pathsep.join([str(site.resolve()), str(Path(__file__).parent)])
+    own = [str(site.resolve()), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    found = os.pathsep.join(filter(None, own))
     done = subprocess.run(
         [sys.executable, "-m", "gristmill", *_words(line), *more],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": found, **environment},
