@@ -296,6 +296,8 @@ def _leave_out(config: dict[str, Any]) -> None:
         if isinstance(section, dict):
             for name in names:
                 section.pop(name, None)
+    if isinstance(data, dict):
+        config["data"]["init_args"] = {k: v for k, v in data.items() if v is not None}
     for name in ("train", "eval"):
         section = config.get(name)
         if isinstance(section, dict):

@@ -85,7 +85,7 @@ def encode(talks: Sequence[Conversation], tokenizer: Tokenizer, *, mask_prompt: 
     if len(talks) > MANY:
         sys.stderr.write(f"encoding {len(talks):,} records, once\n")
     started = time.monotonic()
-    pairs = [encode_one(talk, tokenizer, mask_prompt=mask_prompt) for talk in talks]
+    pairs = [_encoded(talk, tokenizer, mask_prompt) for talk in talks]
     examples = Examples(
         np.array([i for ids, _ in pairs for i in ids], dtype=np.int32),
         np.array([learned for _, mask in pairs for learned in mask], dtype=np.bool_),
@@ -95,6 +95,18 @@ def encode(talks: Sequence[Conversation], tokenizer: Tokenizer, *, mask_prompt: 
     if time.monotonic() - started > WORTH_KEEPING_S:
         _write(file, examples)
     return examples
+
+
+def _encoded(
+    talk: Conversation, tokenizer: Tokenizer, mask_prompt: bool
+) -> tuple[list[int], list[bool]]:
+    """As `encode_one`; what a template objects to is said with the record."""
+    try:
+        return encode_one(talk, tokenizer, mask_prompt=mask_prompt)
+    except UserError as error:
+        said = " ".join(str(talk.messages[0]["content"]).split())[:60]
+        roles = ", ".join(str(message["role"]) for message in talk.messages[:6])
+        raise UserError(f"{error} The record begins with {said!r} ({roles}).") from None
 
 
 def encode_one(

@@ -80,6 +80,10 @@ def conversation(record: Any, *, multiturn: bool = True) -> Conversation:
     if prompt is None and context is not None:  # LongForm calls the instruction its input
         prompt, context = context, None
     if prompt is None or answer is None:
+        if set(record) & set(ANSWERS + PROMPTS) == set() and isinstance(record.get("text"), str):
+            raise BadRecord(
+                "it is plain text, for `gristmill pretrain --initial_checkpoint_dir MODEL`"
+            )
         lacking = "prompt" if prompt is None else "answer"
         known = PROMPTS if prompt is None else ANSWERS
         raise BadRecord(

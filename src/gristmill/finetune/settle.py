@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from gristmill.config.finetune import Finetune, TuneArgs
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
 from gristmill.config.tuning_data import Records
-from gristmill.finetune.examples import Examples, check_ids, encode
+from gristmill.finetune.examples import Examples, check_ids, encode, encode_one
 from gristmill.finetune.methods import method_of
 from gristmill.finetune.records import Conversation, with_inputs_inline
 from gristmill.finetune.samples import HeldOutRows, RecordSamples
@@ -21,9 +22,11 @@ from gristmill.finetune.sources import Found, find_conversations
 from gristmill.finetune.templates import OWN, choose_template
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.tokenizer_files import load_tokenizer
+from gristmill.infer.load import model_name
 from gristmill.models import counts
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
+from gristmill.tokenizer.chat import encode_chat
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
 from gristmill.train.job import Job, check_disk, learning_rates, micro_batch
@@ -105,6 +108,8 @@ def settle(cfg: Finetune) -> Job:
         start_dir=resolve_model_dir(cfg.checkpoint_dir),
         method=method,
         tokenizer_files=_tokenizer_files(text),
+        prompt_ids=partial(_ask, text.tokenizer),
+        stop_ids=_stop_ids(text.tokenizer),
         about=_about(text, samples, val, length, rows),
     )
     check_disk(job)
@@ -163,7 +168,10 @@ def _place(
     own = ("lora_", "adapter_")
     wanted |= {name: value for name, value in to_dict(cfg).items() if name.startswith(own)}
     how = cfg.command.rpartition(" ")[2]
-    out_dir, record = directory.find(cfg, wanted, f"{model.name.lower()}-{how}-{data_name}")
+    name = model.name
+    if name == ModelConfig().name:  # files that do not say what they are
+        name = model_name(resolve_model_dir(cfg.checkpoint_dir or "")).partition("/")[0]
+    out_dir, record = directory.find(cfg, wanted, f"{name.lower()}-{how}-{data_name}")
     return out_dir, record, wanted
 
 
@@ -229,6 +237,24 @@ def _share_of_state(method: Method, model: ModelConfig) -> float:
         return 1.0
     trained = method.num_saved(model) / counts.num_parameters(model)
     return min(1.0, (1 + 3 * trained) / 4)
+
+
+def _ask(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids that ask for an answer."""
+    turns = [{"role": "user", "content": prompt}]
+    return encode_chat(tokenizer, turns, add_generation_prompt=True)
+
+
+def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokenizer's ids that end a text, and the control token that ends an answer."""
+    talk = Conversation([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
+    try:
+        ids, learned = encode_one(talk, tokenizer, mask_prompt=True)
+    except UserError:  # a template for other conversations than this one
+        return frozenset(tokenizer.stop_ids)
+    special = {tokenizer.backend.special[text] for text in tokenizer.special_tokens}
+    ends = {i for i, answer in zip(ids, learned, strict=True) if answer} & special
+    return frozenset(tokenizer.stop_ids) | ends
 
 
 def _tokenizer_files(text: _Text) -> dict[str, str]:

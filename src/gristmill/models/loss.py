@@ -75,7 +75,24 @@ def linear_cross_entropy(
     token_rows = weight.shape[0] if num_token_ids is None else num_token_ids
     how = _How(softcap, z_loss, token_rows, dtype, compiled, shard)
     inner, b = low_rank or (None, None)
+    rows = _counted_rows(targets) if device == "cpu" else None
+    if rows is not None:
+        hidden, targets = hidden[rows], targets[rows]
+        inner = None if inner is None else inner[rows]
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, how, inner, b)
+
+
+def _counted_rows(targets: Tensor) -> Tensor | None:
+    """The positions that count, filled up to whole chunks; None where nearly all count.
+
+    Others give nothing to the loss, and their logits need not be made. Chunks of one size are
+    compiled once. Not for devices that would have to tell the host how many there are.
+    """
+    counts = targets != IGNORE
+    chunks = -(-max(1, int(counts.sum())) // CPU_CHUNK_ROWS)
+    if chunks * CPU_CHUNK_ROWS > 0.75 * len(targets):
+        return None
+    return torch.argsort(~counts, stable=True)[: chunks * CPU_CHUNK_ROWS]
 
 
 class _How(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +16,8 @@ from gristmill.config.model import ModelConfig
 from gristmill.data.reading.pack import PackSummary
 from gristmill.data.reading.stream import Batch
 from gristmill.models import counts
-from gristmill.models.device import choose_device
+from gristmill.models.device import choose_device, num_devices
+from gristmill.parallel.mesh import resolve_sizes
 from gristmill.train.batch import TokenBatch
 from gristmill.train.directory import Record
 from gristmill.train.length import Length
@@ -94,6 +96,10 @@ class Job:
     """What is trained of the model, and what the run leaves behind."""
     tokenizer_files: dict[str, str] = field(default_factory=dict)
     """Texts of files that replace some of the tokenizer's, by name."""
+    prompt_ids: Callable[[str], list[int]] | None = None
+    """The ids that ask the model for an answer to a text; None: the text's own."""
+    stop_ids: frozenset[int] | None = None
+    """Ids that end an answer; None: the tokenizer's."""
     about: dict[str, str] = field(default_factory=dict)
     """Lines for the beginning of a run, in the place of those of the same name."""
 
@@ -136,21 +142,27 @@ def micro_batch(
     if typed != "auto" and typed < 1:
         raise UserError(f"--train.micro_batch_size {typed} is not a positive whole number.")
     given = record.micro_batch_size if record is not None else None
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or num_devices(cfg.devices, cfg.device))
+    world = int(os.environ.get("WORLD_SIZE") or here * cfg.num_nodes)
+    sizes = resolve_sizes(cfg.parallel, world)
+    share = -(-length.global_batch_size // (sizes["replicate"] * sizes["shard"]))
     return fit_memory(
         model,
         seq_len=length.seq_len,
-        most=rows or length.global_batch_size,
+        most=rows or share,
         precision=precision,
-        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device)) + spare_bytes,
+        budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device), here) + spare_bytes,
         micro_batch=given if typed == "auto" else typed,
         recompute=cfg.recompute,
+        sizes=sizes,
     )
 
 
-def _memory_bytes(device: torch.device) -> float:
+def _memory_bytes(device: torch.device, processes: int) -> float:
+    """What each of the machine's processes can have."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / processes
 
 
 def check_disk(job: Job) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -23,14 +24,17 @@ def write_samples(
     seed: int,
     bos: bool,
     autocast: torch.dtype | None = None,
+    encode: Callable[[str], list[int]] | None = None,
+    stop_ids: frozenset[int] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, begun with BOS or not, the prompt left out.
 
     The model is used as it stands, in its training type, and stays as it is; random choices come
     from a source of their own, the same at every call. Blocks run uncompiled: every new length
-    would be compiled anew.
+    would be compiled anew. `encode` makes the ids of a prompt, and `stop_ids` end a text, where
+    these are not the tokenizer's own.
     """
-    device = model.embed.weight.device
+    stop = frozenset(tokenizer.stop_ids) if stop_ids is None else stop_ids
     compiled, training = model.compiled, model.training
     eager: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if compiled:
@@ -40,8 +44,8 @@ def write_samples(
     try:
         with eager:
             return [
-                _continued(model, tokenizer, ids, max_new_tokens, seed, autocast, device)
-                for ids in (tokenizer.encode(prompt, bos=bos) for prompt in prompts)
+                _continued(model, tokenizer, ids, max_new_tokens, seed, autocast, stop)
+                for ids in map(encode or partial(tokenizer.encode, bos=bos), prompts)
             ]
     finally:
         model.compiled = compiled
@@ -55,8 +59,9 @@ def _continued(
     max_new_tokens: int,
     seed: int,
     autocast: torch.dtype | None,
-    device: torch.device,
+    stop_ids: frozenset[int],
 ) -> str:
+    device = model.embed.weight.device
     ids = ids or [tokenizer.eos_id or 0]
     ids = ids[-max(1, model.config.max_seq_length - max_new_tokens) :]
     new = generate_tokens(
@@ -65,7 +70,7 @@ def _continued(
         max_new_tokens=max_new_tokens,
         temperature=TEMPERATURE,
         top_k=TOP_K,
-        eos_ids=frozenset(tokenizer.stop_ids),
+        eos_ids=stop_ids,
         generator=torch.Generator(device).manual_seed(seed),
     )
     decoder = tokenizer.decoder()

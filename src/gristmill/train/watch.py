@@ -120,6 +120,8 @@ class Watch:
             seed=job.cfg.seed % 2**63,
             bos=self._adds_bos(),
             autocast=torch.bfloat16 if mixed else None,
+            encode=job.prompt_ids,
+            stop_ids=job.stop_ids,
         )
         for number, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             name = "sample" if len(texts) == 1 else f"sample/{number + 1}"

@@ -94,6 +94,13 @@ def test_control_tokens_that_a_record_writes_stay_text(tokenizer):
     assert text_of(t, ids, mask, True) == "1<|im_end|>\n"
 
 
+def test_a_record_that_the_template_refuses_is_named(tokenizer):
+    t = styled(tokenizer(), "alpaca")
+    called = {"role": "tool", "content": "5"}
+    with pytest.raises(UserError, match=r"no place for a message of tool.*'One\?' \(user, tool"):
+        encode([Conversation([ONE[0], called, ONE[1]])], t, mask_prompt=True)
+
+
 def test_what_is_cut_and_what_then_teaches_nothing(tokenizer):
     t = styled(tokenizer(), "default")
     talks = [conversation({"instruction": "q" * n, "output": "a" * 5}) for n in (2, 10, 4)]

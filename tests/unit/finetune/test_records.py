@@ -64,7 +64,8 @@ def test_only_the_first_turn_of_a_chat_if_asked():
     [
         (["Q", "A"], "a list, not an object"),
         ("Q", "text, not an object"),
-        ({"text": "only text"}, "no prompt .*only text"),
+        ({"text": "only text"}, "plain text, for `gristmill pretrain"),
+        ({"title": "only a title"}, "no prompt .*only title"),
         ({"instruction": "Q"}, "no answer .*output.*only instruction"),
         ({"instruction": "Q", "output": None}, "no answer"),
         ({"instruction": "Q", "output": ""}, "its answer is empty"),

@@ -118,6 +118,7 @@ def test_a_class_of_the_users_own():
 def hub(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     chats = [
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     ]
