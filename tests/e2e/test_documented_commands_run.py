@@ -58,13 +58,23 @@ def marked(page: Path) -> list[list[str]]:
         while line.strip() and line.strip() != "```":
             words = shlex.split(line.strip().removeprefix("$ "), comments=True)
             if words and not line.startswith("```"):
-                assert words[0] == "gristmill", f"{page.name}: {line}"
-                found.append(words[1:])
+                found.append(words)
             line = next(block, "")
     return found
 
 
 PAGES = [page for page in sorted(DOCS.rglob("*.md")) if marked(page)]
+
+
+def piped(words: list[str]) -> tuple[list[str], str]:
+    """The words of a command after `gristmill`, and what it is given to read."""
+    given = "Once upon a time\n\n"
+    if "|" in words:
+        first, words = words[: words.index("|")], words[words.index("|") + 1 :]
+        assert first[0] == "echo", first
+        given = " ".join(first[1:]) + "\n"
+    assert words[0] == "gristmill", words
+    return words[1 : words.index(">") if ">" in words else None], given
 
 
 class StandIns:
@@ -178,10 +188,11 @@ def test_commands_marked_cpu_run(page, place, world, tutorials, monkeypatch, cap
     monkeypatch.setattr("gristmill.config.scripts.on_ray", lambda: False)
     stand_ins = StandIns(place, world, tutorials)
     for words in marked(page):
+        words, given = piped(words)
         words = [word.replace(SHARED, f"{place}{SHARED}") for word in words]
         stand_ins.for_command(words)
         meant = translate(words)
-        monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n\n"))
+        monkeypatch.setattr("sys.stdin", io.StringIO(given))
         extra = () if {"list", "--data.help"} & set(meant) else EXTRA.get(meant[0], ())
         try:
             code = main([*words, *extra])
