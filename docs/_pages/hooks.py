@@ -101,6 +101,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     if page.file.src_uri == "reference/index.md":
         markdown = NAMED.sub(_to_page, markdown)
+    for name, place in MADE.items():
+        markdown = re.sub(
+            rf"\[{name}\]\(([./]*)reference/index\.md\)",
+            rf"[{name}](\1reference/{place})",
+            markdown,
+        )
     return LINK.sub(turned, markdown)
 
 
