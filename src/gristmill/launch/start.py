@@ -60,7 +60,9 @@ def train(cfg: Training) -> None:
             f"{cfg.num_nodes} --nproc-per-node DEVICES -m gristmill {cfg.command} …",
             {"--launcher": "slurm"},
         )
-    count = num_devices(cfg)
+    from gristmill.models.device import num_devices
+
+    count = num_devices(cfg.devices, cfg.device)
     if count == 1:
         _train(cfg)
         return
@@ -171,25 +173,3 @@ def _written(job: Job) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
-
-
-def num_devices(cfg: Training) -> int:
-    """Processes on this machine: one for each device asked for; auto: all GPUs, or one."""
-    import torch
-
-    from gristmill.models.device import choose_device
-
-    if cfg.devices != "auto" and cfg.devices < 1:
-        raise UserError(f"--devices {cfg.devices}: give 1 or more.", {"--devices": 1})
-    kind = choose_device(cfg.device).type
-    if kind == "cpu":
-        return 1 if cfg.devices == "auto" else cfg.devices
-    there = torch.cuda.device_count() if kind == "cuda" else 1
-    if cfg.devices == "auto":
-        return there
-    if cfg.devices > there:
-        raise UserError(
-            f"--devices {cfg.devices}: this machine has {there}. Use at most that.",
-            {"--devices": there},
-        )
-    return cfg.devices

@@ -154,7 +154,7 @@ def micro_batch(
         budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device), here) + spare_bytes,
         micro_batch=given if typed == "auto" else typed,
         recompute=cfg.recompute,
-        sizes=sizes,
+        mesh=sizes,
     )
 
 

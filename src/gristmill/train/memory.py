@@ -24,11 +24,13 @@ def fit_memory(
     budget_bytes: float,
     micro_batch: int | None,
     recompute: str | float,
+    mesh: counts.Sizes | None = None,
 ) -> tuple[int, str | float]:
     """Samples of a micro-batch, at most `most`, and the recomputation, by the planner's estimate.
 
     A given `micro_batch` is kept; else it is the largest power of two that pays. `auto`
-    recomputation is the least that fits. Where nothing fits it is the smallest of all.
+    recomputation is the least that fits. Where nothing fits it is the smallest of all. `mesh`: how
+    several devices share the model, each of which has the budget.
     """
     kinds = KINDS if recompute == "auto" else (recompute,)
     if micro_batch is None:
@@ -40,7 +42,7 @@ def fit_memory(
     busy = [(size, kind) for kind in kinds for size in sizes if size >= enough]
     small = [(size, kind) for size in sizes if size < enough for kind in kinds]
     for size, kind in busy + small:
-        need = counts.training_memory_bytes(model, size, seq_len, precision, kind)
+        need = counts.training_memory_bytes(model, size, seq_len, precision, kind, mesh)
         if need <= budget_bytes:
             return size, kind
     return sizes[-1], kinds[-1]

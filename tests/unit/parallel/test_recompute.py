@@ -162,3 +162,11 @@ def test_what_nothing_would_honour_is_refused():
         check_recompute(0.5, "off")
     with pytest.raises(UserError, match="needs compiled blocks"):
         build(DENSE, 0.5, "off")
+
+
+def test_devices_that_share_the_model_have_room_for_more():
+    alone = counts.training_memory_bytes(DENSE, 8, 256, "32-true", "full")
+    shared = {"replicate": 1, "shard": 8, "context": 1, "tensor": 1}
+    options = {"seq_len": 256, "most": 8, "precision": "32-true", "micro_batch": None}
+    tight = {**options, "budget_bytes": 0.7 * alone, "recompute": "auto"}
+    assert fit_memory(DENSE, **tight, mesh=shared)[0] > fit_memory(DENSE, **tight)[0]
