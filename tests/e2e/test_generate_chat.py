@@ -1,9 +1,11 @@
 """A trained model of each kind of directory writes text through the command line."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,35 @@ def test_a_reader_that_leaves_is_no_failure(run_dir):
     process.stderr.close()
     assert process.wait(timeout=60) == 0, err
     assert "Traceback" not in err
+
+
+def test_a_prompt_through_a_pipe_and_prompts_from_a_file(run_dir, tmp_path, capsys):
+    options = ("--precision", "32-true", "--device", "cpu", "--max_new_tokens", "8")
+    process = command("generate", run_dir, *options, stdin=subprocess.PIPE)
+    piped, err = process.communicate(b"old Anna\n", timeout=120)
+    assert process.returncode == 0, err.decode()
+    (tmp_path / "prompts.txt").write_text("the mill\nold Anna\n")
+    listed = ("--prompt_file", str(tmp_path / "prompts.txt"), "--max_new_tokens", "8")
+    assert piped.decode() == generate(capsys, run_dir, *listed).splitlines(True)[1]
+    assert generate(capsys, run_dir, "old Anna", *options).encode() == piped
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_killed_results_go_on(run_dir, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("".join(f"the mill {n}\n" for n in range(300)))
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    words = (*("--prompt_file", str(tmp_path / "prompts.txt")), "--output", str(out))
+    process = command("generate", run_dir, *words, "--precision", "32-true", "--device", "cpu")
+    while process.poll() is None and (not partial.exists() or len(partial.read_bytes()) < 2000):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = len(partial.read_bytes().splitlines()) - 1
+    assert 0 < kept < 300
+    assert not out.exists()
+    assert generate(capsys, run_dir, *words) == ""
+    texts = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [text["prompt"] for text in texts] == [f"the mill {n}" for n in range(300)]
+    assert not partial.exists()
+    alone = generate(capsys, run_dir, "the mill 7")
+    assert texts[7]["completion"] + "\n" == alone

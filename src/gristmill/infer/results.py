@@ -61,7 +61,7 @@ class ResultFile:
         whole = [line for line in lines if line.endswith(b"\n")]
         if whole[:1] == [header]:
             return whole
-        if whole and not overwrite:
+        if len(whole) > 1 and not overwrite:
             raise UserError(
                 f"{self.partial} holds texts of another command, which has not ended. run that "
                 "again, name another file, or begin anew with --overwrite true.",
@@ -85,6 +85,8 @@ class ResultFile:
         else:
             with contextlib.suppress(OSError):
                 self._file.close()
+                if not self.done:
+                    self.partial.unlink()
 
     def add(self, place: Place, record: Mapping[str, Any]) -> None:
         """Keep one more record."""

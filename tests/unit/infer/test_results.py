@@ -52,6 +52,16 @@ def test_another_commands_texts_are_kept(tmp_path):
     assert places_in(path) == [(5, 0)]
 
 
+def test_a_command_that_wrote_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        collect(tmp_path / "out.jsonl", [], stop=True)
+    assert not list(tmp_path.iterdir())
+    # Killed before its first text, it is in nobody's way.
+    ResultFile(str(tmp_path / "out.jsonl"), JOB, overwrite=False)
+    collect(tmp_path / "out.jsonl", [(0, 0)], job={**JOB, "seed": 2})
+    assert places_in(tmp_path / "out.jsonl") == [(0, 0)]
+
+
 def test_a_finished_file_is_kept_until_its_like_is_complete(tmp_path):
     path = tmp_path / "out.jsonl"
     collect(path, [(0, 0)])
