@@ -66,7 +66,7 @@ class Batch:
         assert 0 < len(ids) <= self.limit, f"{len(ids)} ids for {self.limit} positions"
         assert 0 <= held < len(ids), "the last id is always read"
         self.drop(row)
-        cache = self._cache.row(row)
+        cache = self._cache.part(row, row + 1)
         cache.context = len(ids)
         tokens = torch.tensor([list(ids)], device=self.device)
         parts = list(tokens[:, held:].split(part_tokens or PREFILL_TOKENS, 1))
@@ -81,6 +81,51 @@ class Batch:
             else:
                 self.lengths[row] = cache.length
                 yield logits
+
+    def put_all(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [len(rows), token_ids] after each prompt; neighbours are read side by side.
+
+        Rows next to each other with prompts of like lengths share a pass over the weights.
+        """
+        out, start = [], 0
+        while start < len(rows):
+            stop = start + 1
+            while stop < len(rows) and self._fits_beside(rows, prompts, start, stop):
+                stop += 1
+            if stop == start + 1:
+                out.append(self.put(rows[start], prompts[start]))
+            else:
+                out.append(self._put_beside(rows[start], prompts[start:stop]))
+            start = stop
+        return torch.cat(out)
+
+    def _fits_beside(
+        self, rows: Sequence[int], prompts: Sequence[Sequence[int]], start: int, last: int
+    ) -> bool:
+        """Whether the prompts from `start` to `last` are to be read together."""
+        scaling = self.model.config.rope_scaling
+        if scaling is not None and scaling.kind in ("dynamic", "longrope"):
+            return False  # the rotation of each depends on its own length
+        lengths = [len(ids) for ids in prompts[start : last + 1]]
+        padded = max(lengths) * len(lengths)
+        neighbours = rows[last] == rows[start] + last - start
+        return neighbours and padded <= min(PREFILL_TOKENS, 1.25 * sum(lengths))
+
+    @torch.inference_mode()
+    def _put_beside(self, first: int, prompts: Sequence[Sequence[int]]) -> Tensor:
+        # Filled up at the end: nobody looks at what comes after, and steps write over it.
+        lengths = [len(ids) for ids in prompts]
+        assert min(lengths) > 0, "prompts that have tokens"
+        assert max(lengths) <= self.limit, "prompts that fit"
+        filled = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
+        tokens = torch.tensor(filled, device=self.device)
+        cache = self._cache.part(first, first + len(prompts))
+        with self._precision():
+            hidden = self.model.hidden(tokens, cache=cache)
+            last = torch.tensor(lengths, device=self.device) - 1
+            logits = self.model.logits(hidden[torch.arange(len(prompts)), last])
+        self.lengths[first : first + len(prompts)] = lengths
+        return logits
 
     @torch.inference_mode()
     def step(self, rows: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -160,7 +205,7 @@ def _run(
     running: dict[int, _Running] = {}
     try:
         while True:
-            logits: dict[int, Tensor] = {}
+            new: dict[int, Sequence[int]] = {}
             for row in range(batch.rows):
                 if row in running or (item := next(prompts, None)) is None:
                     continue
@@ -170,8 +215,12 @@ def _run(
                 room = batch.limit - len(ids)
                 ends = "max_new_tokens" if room >= sampling.max_new_tokens else "context"
                 left = min(room, sampling.max_new_tokens)
-                logits[row] = batch.put(row, ids)
+                new[row] = ids
                 running[row] = _Running(number, list(ids), left, ends, generator)
+            logits: dict[int, Tensor] = {}
+            if new:
+                first = batch.put_all(list(new), list(new.values()))
+                logits = dict(zip(new, first.split(1), strict=True))
             rows = [row for row in running if row not in logits]
             if rows:
                 stepped = batch.step(rows, [running[row].ids[-1] for row in rows])

@@ -38,10 +38,10 @@ class KVCache:
         self.length = 0
         self.context = 0
 
-    def row(self, index: int) -> KVCache:
-        """The same memory of one of its sequences, as a cache of its own, empty."""
+    def part(self, start: int, stop: int) -> KVCache:
+        """The same memory of its sequences from `start` to `stop`, as an empty cache of its own."""
         own = KVCache.__new__(KVCache)
-        own.tensors = tuple(tensor[:, index : index + 1] for tensor in self.tensors)
+        own.tensors = tuple(tensor[:, start:stop] for tensor in self.tensors)
         own.max_length, own.length, own.context = self.max_length, 0, 0
         return own
 

@@ -231,9 +231,13 @@ class Decoder(nn.Module):
             return loss + config.moe.balance_loss * balance * (targets != IGNORE).sum()
         if num_logits is not None:
             hidden = hidden[:, hidden.shape[1] - num_logits :]
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [..., token_ids] of the normalised residual stream [..., d]."""
         logits = self._logits(hidden)
-        if config.logit_softcap is not None:
-            logits = config.logit_softcap * torch.tanh(logits / config.logit_softcap)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return logits
 
     def _logits(self, hidden: Tensor) -> Tensor:

@@ -121,6 +121,25 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
     torch.testing.assert_close(logits, whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_prompts_read_side_by_side(shape):
+    model = tiny(shape)
+    calls = []
+    model.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape))
+    batch = Batch(model, 6, 40)
+    prompts = [PROMPTS[0], [*PROMPTS[0][:7]], [*PROMPTS[0], 9], [5], PROMPTS[0], PROMPTS[3]]
+    rows = [0, 1, 2, 3, 5, 4]
+    logits = batch.put_all(rows, prompts)
+    assert len(calls) == 3  # one by one: the short one, and those whose rows are apart
+    following = batch.step(rows, [11, 12, 13, 14, 15, 16])
+    for number, prompt in enumerate(prompts):
+        context = Context(model)
+        expected = context.read(prompt)[0]
+        torch.testing.assert_close(logits[number], expected, atol=1e-4, rtol=1e-4)
+        expected = context.read([*prompt, 11 + number])[0]
+        torch.testing.assert_close(following[number], expected, atol=1e-4, rtol=1e-4)
+
+
 def test_wrong_uses_are_refused():
     batch = Batch(tiny(context=16), 2, 99)
     with pytest.raises(UserError, match=r"min_p must be between 0 and 1 \(2"):
