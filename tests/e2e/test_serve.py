@@ -78,6 +78,7 @@ def post(address, path, body, key=KEY):
         (["--max_new_tokens", "0"], "nothing to generate"),
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--max_length", "65"], "--max_length 65 is not from 2 to the model's context (64"),
+        (["--batch_size", "1_000_000_000"], "does not fit into a quarter of the memory"),
         (["--openai"], "--openai"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -18,6 +18,8 @@ from gristmill.util.errors import Interrupted, UserError
 
 KEY_VARIABLE = "GRISTMILL_API_KEY"
 SHORTEST_KEY = 8
+SHORTEST_LENGTH = 256
+"""Tokens of prompt and reply that are worth serving, where nobody says how many."""
 
 
 def serve(cfg: Serve) -> None:
@@ -133,11 +135,11 @@ def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
     rows = (8 if on_cpu else 32) if cfg.batch_size == "auto" else cfg.batch_size
     if cfg.max_length == "auto":
         fits = loaded.cached_tokens() // rows
-        if fits < 2:
+        if fits < min(loaded.limit, SHORTEST_LENGTH):
             raise UserError(
-                f"the cache of {rows} replies does not fit into a quarter of the memory. write "
-                "fewer at a time: --batch_size 1",
-                {"--batch_size": 1},
+                f"the cache of {rows} replies does not fit into a quarter of the memory "
+                f"({fits} tokens each). write fewer at a time, or say --max_length.",
+                {"--batch_size": max(1, rows * fits // min(loaded.limit, SHORTEST_LENGTH))},
             )
         return rows, min(loaded.limit, fits)
     if not 2 <= cfg.max_length <= loaded.limit:
