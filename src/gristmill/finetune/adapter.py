@@ -56,6 +56,7 @@ class Adapter(Method):
 
     def check(self, model: ModelConfig) -> None:
         """Refuse a model without such blocks."""
+        super().check(model)
         if self.cfg.adapter_start_layer >= model.num_layers:
             raise UserError(
                 f"--adapter_start_layer {self.cfg.adapter_start_layer}: {model.name} has "

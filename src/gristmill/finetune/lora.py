@@ -91,6 +91,7 @@ class Lora(Method):
 
     def check(self, model: ModelConfig) -> None:
         """Refuse matrices that a model does not have as such."""
+        super().check(model)
         if self.cfg.lora_head and model.tie_embeddings:
             raise UserError(
                 f"--lora_head: the output head of {model.name} is its embedding, and would no "

@@ -14,6 +14,7 @@ from gristmill.formats.model_dir import load_weights
 from gristmill.models.counts import num_parameters
 from gristmill.models.init import init_weights
 from gristmill.parallel.weights import put
+from gristmill.util.errors import UserError
 
 if TYPE_CHECKING:
     from gristmill.train.job import Job
@@ -33,6 +34,11 @@ class Method:
 
     def check(self, model: ModelConfig) -> None:
         """Raise UserError for settings that do not suit the model; before any data is read."""
+        if model.adaption_prompt is not None:
+            raise UserError(
+                f"{model.name} has the vectors of `gristmill finetune adapter`, which no other "
+                "training takes along. Train its base."
+            )
 
     def adapt(self, model: nn.Module) -> None:
         """Add modules to the whole decoder and choose what is trained (`requires_grad`).

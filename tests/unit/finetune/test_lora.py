@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from gristmill.config.finetune import FinetuneAdapter, FinetuneLora
-from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig
+from gristmill.config.model import AdaptionPrompt, LatentAttention, MixtureOfExperts, ModelConfig
 from gristmill.config.sections import Parallel
 from gristmill.finetune.adapter import Adapter
 from gristmill.finetune.lora import Lora, targets
 from gristmill.formats import hf, tuned
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
+from gristmill.train.method import Method
 from gristmill.util.errors import UserError
 
 pytest.importorskip("peft")
@@ -173,6 +174,10 @@ def test_what_does_not_suit_the_model_is_refused():
     Lora(FinetuneLora()).check(moe)
     with pytest.raises(UserError, match="has 3 blocks"):
         Adapter(FinetuneAdapter(adapter_start_layer=3)).check(CONFIG)
+    prompted = replace(CONFIG, adaption_prompt=AdaptionPrompt(length=2, num_layers=1))
+    for method in (Method(), *METHODS.values()):
+        with pytest.raises(UserError, match="Train its base"):
+            method.check(prompted)
 
 
 def test_without_peft_the_command_says_what_to_install(monkeypatch):
