@@ -23,7 +23,7 @@ class TuneArgs(StepArgs):
     global_batch_size: int | Auto = "auto"
     """Records per optimizer step over all devices; auto: 16, fewer where there are few."""
     micro_batch_size: int | Auto = "auto"
-    """Rows per forward pass on a device at most; auto: the largest power of two that fits."""
+    """Rows per forward pass on a device at most; auto: as many as fit, in equal parts."""
     max_seq_length: int | Auto = "auto"
     """Tokens of a row; longer records are cut; auto: the longest record, at most the model's
     context."""

@@ -79,10 +79,9 @@ def settle(cfg: Finetune) -> Job:
     samples, val = _samples(cfg, text, seq_len, data.seed)
     length = _length(cfg, samples, seq_len, earlier)
     rows = samples.usual_rows(length.global_batch_size)
-    state = counts.state_bytes(model, precision)
-    spare = state * (1 - _share_of_state(method, model))
+    kept = _share_of_state(method, model)
     micro, recompute = micro_batch(
-        cfg, model, precision, length, record, rows=rows, spare_bytes=spare
+        cfg, model, precision, length, record, rows=rows, kept_share=kept
     )
     job = Job(
         cfg=cfg,

@@ -131,12 +131,12 @@ def micro_batch(
     record: Record | None,
     *,
     rows: int | None = None,
-    spare_bytes: float = 0.0,
+    kept_share: float = 1.0,
 ) -> tuple[int, str | float]:
     """Samples per forward pass: typed, the earlier run's, or the most that pays and fits.
 
     And the recomputation that they need. `rows`: as many as a batch has where samples share them;
-    `spare_bytes`: how much less than training the whole model takes is kept.
+    `kept_share`: weights, gradients and moments that are kept, of those of the whole model.
     """
     typed = cfg.train.micro_batch_size
     if typed != "auto" and typed < 1:
@@ -145,17 +145,21 @@ def micro_batch(
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or num_devices(cfg.devices, cfg.device))
     world = int(os.environ.get("WORLD_SIZE") or here * cfg.num_nodes)
     sizes = resolve_sizes(cfg.parallel, world)
-    share = -(-length.global_batch_size // (sizes["replicate"] * sizes["shard"]))
-    return fit_memory(
+    share = -(-(rows or length.global_batch_size) // (sizes["replicate"] * sizes["shard"]))
+    spare_bytes = (1.0 - kept_share) * counts.state_bytes(model, precision, sizes)
+    size, kind = fit_memory(
         model,
         seq_len=length.seq_len,
-        most=rows or share,
+        most=share,
         precision=precision,
         budget_bytes=0.8 * _memory_bytes(choose_device(cfg.device), here) + spare_bytes,
         micro_batch=given if typed == "auto" else typed,
         recompute=cfg.recompute,
         mesh=sizes,
     )
+    if rows is not None and typed == "auto" and given is None:
+        size = -(-share // -(-share // size))  # equal parts: what fills the last one is wasted
+    return size, kind
 
 
 def _memory_bytes(device: torch.device, processes: int) -> float:
