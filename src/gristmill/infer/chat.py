@@ -24,12 +24,13 @@ from gristmill.infer.load import (
 )
 from gristmill.models.decoding import Context
 from gristmill.util.errors import UserError
-from gristmill.util.paths import user_state_dir
+from gristmill.util.paths import resolve_model_dir, user_state_dir
 
 LEAVE = ("!quit", "!exit")
 FORGET = "!clear"
 ENDS_OF_LINES = (".", "!submit")
 HISTORY_LINES = 1000
+LITGPT_STYLE = "prompt_style.yaml"
 
 
 def chat(cfg: Chat) -> None:
@@ -55,6 +56,12 @@ def chat(cfg: Chat) -> None:
             "This model has no chat template: it continues each prompt as it stands and "
             "remembers no earlier one."
         )
+        style = resolve_model_dir(cfg.checkpoint_dir or "") / LITGPT_STYLE
+        if style.is_file():
+            note(
+                f"{style} says how LitGPT puts a question, which is not read here: write it as a "
+                "chat_template.jinja beside it."
+            )
     if loaded.knows_template:
         note("Its files have no chat template; questions are put as its model card says.")
     context = loaded.context(compiled=cfg.compile)

@@ -283,3 +283,12 @@ def test_a_model_known_by_name_is_asked_as_its_card_says(base_model, tmp_path, p
     piped("Why?\n")
     run(tmp_path / "phi-2")
     assert "as its model card says" in capsys.readouterr().err
+
+
+def test_another_tools_prompt_style_is_told(base_model, tmp_path, piped, capsys):
+    for file in base_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
+    piped("")
+    run(tmp_path)
+    assert "says how LitGPT puts a question, which is not read here" in capsys.readouterr().err
