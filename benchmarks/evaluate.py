@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def main() -> None:
         "precision": args.precision,
         "results": results,
         "peer": versions(args.peer_python, packages),
-        **environment(2),
+        **environment(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)),
     }
     print(json.dumps(line))
 
