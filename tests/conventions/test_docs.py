@@ -140,3 +140,10 @@ def test_variables_that_the_code_reads_are_explained():
     assert "XDG_CACHE_HOME" in read
     missing = sorted(name for name in read if f"`{name}`" not in shown)
     assert not missing, f"explain {missing} in docs/reference/files.md"
+
+
+def test_every_benchmark_is_explained():
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    scripts = sorted(path.name for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
+    assert scripts
+    assert [name for name in scripts if f"## {name}" not in text] == []
