@@ -34,7 +34,8 @@ def open_stream(running, body=LONG):
     client.request("POST", "/v1/completions", body, headers)
     answer = client.getresponse()
     assert answer.status == 200
-    assert answer.readline().startswith(b"data: ")
+    while not (line := answer.readline()).startswith(b"data: "):
+        assert line in (b": waiting\n", b"\n")
     return client, answer
 
 
