@@ -58,7 +58,7 @@ def on_ray() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or known.is_file()
 
 
-_WHOLE = {"--percentage": ("1", "1.0")}
+_WHOLE: dict[str, tuple[str, ...]] = {"--percentage": ("1", "1.0")}
 _DATASET = ("--data", "LitData", "--data.data_path")
 
 SCRIPTS = {

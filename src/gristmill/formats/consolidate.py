@@ -8,6 +8,7 @@ from pathlib import Path
 from gristmill.config.script_commands import Consolidate
 from gristmill.formats import litgpt
 from gristmill.formats.model_dir import open_model_dir
+from gristmill.formats.pickles import METADATA
 from gristmill.formats.torch_file import write_torch_file
 from gristmill.util.errors import RunError, UserError
 
@@ -24,7 +25,7 @@ def consolidate(cfg: Consolidate) -> None:
             "out/final/lit_model.pth"
         )
     folder = Path(cfg.checkpoint_folder).expanduser()
-    if not folder.is_dir() or not (folder / litgpt.METADATA).is_file():
+    if not folder.is_dir() or not (folder / METADATA).is_file():
         _say_that_it_is_whole(folder)
         return
     out = Path(cfg.output_file or f"{folder}{litgpt.CONSOLIDATED}").expanduser()
@@ -66,6 +67,6 @@ def _say_that_it_is_whole(folder: Path) -> None:
         )
         return
     raise UserError(
-        f"{folder} is no checkpoint in pieces (no {litgpt.METADATA}). Name the folder that holds "
+        f"{folder} is no checkpoint in pieces (no {METADATA}). Name the folder that holds "
         "them, or the model itself: gristmill inspect DIR says what a directory is."
     )
