@@ -175,7 +175,7 @@ class Scorer:
                 # Among equal logits the first one counts, as elsewhere.
                 ties = best.nonzero().squeeze(-1)
                 best[ties] = logits[row[ties]].argmax(-1) == column[ties]
-            found[pairs] = (value - total[row]).double().cpu().numpy()
+            found[pairs] = (value - total[row]).cpu().double().numpy()
             likeliest[pairs] = best.cpu().numpy()
         return found, likeliest
 
