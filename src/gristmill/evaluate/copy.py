@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
-import sys
 from pathlib import Path
 
 from gristmill.config.commands import Export
@@ -72,7 +72,9 @@ def _write(source: ModelDir, out: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        note(f"Writing the model to {out} as a Hugging Face directory …")
+        said = io.StringIO()  # names the folder that goes
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             export(Export(checkpoint_dir=str(source.path), output_dir=str(partial)))
         (out / "config.json").unlink(missing_ok=True)
         for pattern in WEIGHTS:
