@@ -293,7 +293,9 @@ def _fake_3(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
 
 def _library(tell: Callable[[str], None] | None) -> Path:
     """The shared library, built unless it is in the cache."""
-    if platform.system() != "Linux" or not torch.cpu.get_capabilities().get("amx_bf16"):
+    has = torch.cpu.get_capabilities()
+    # The second asks the system, which may withhold what the processor has.
+    if platform.system() != "Linux" or not has.get("amx_bf16") or not torch.cpu._init_amx():
         raise RuntimeError("the processor has no AMX")
     compiler = _compiler()
     source = Path(__file__).with_suffix(".cpp")
