@@ -301,13 +301,15 @@ def _library(tell: Callable[[str], None] | None) -> Path:
     source = Path(__file__).with_suffix(".cpp")
     parts = (source.read_bytes(), torch.__version__.encode(), " ".join(FLAGS).encode())
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    for folder in (user_cache_dir() / "compiled", Path(tempfile.gettempdir())):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if os.access(folder, os.W_OK):
-                break
-        except OSError:
-            continue
+    folder = user_cache_dir() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        # Nobody else may put a library where this process looks for one.
+        folder = Path(tempfile.mkdtemp(prefix="gristmill-"))
     built = folder / name
     if not built.is_file():
         if tell is not None:
