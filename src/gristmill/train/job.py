@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -166,7 +167,10 @@ def _memory_bytes(device: torch.device, processes: int) -> float:
     """What each of the machine's processes can have."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / processes
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no limit is the word "max"
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there / processes
 
 
 def check_disk(job: Job) -> None:
