@@ -1,8 +1,13 @@
-"""A file fits in 500 lines and a function on a screen of 60; tables of sizes are exempt."""
+"""A file fits in 500 lines and a function on a screen of 60; tables of sizes are exempt.
+
+And names of test files are unique.
+"""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from pathlib import Path
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
@@ -38,3 +43,11 @@ def test_length_is_counted():
     body = "    pass\n" * MAX_FUNCTION_LINES
     assert _long_functions(ast.parse("def f():\n" + body)) == [("f", 1, MAX_FUNCTION_LINES + 1)]
     assert _long_functions(ast.parse("def f():\n    pass\n")) == []
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports those of a folder that is no package by their bare name."""
+    files = Path(__file__).parents[1].rglob("test_*.py")
+    names = Counter(f.name for f in files if not (f.parent / "__init__.py").exists())
+    twice = [name for name, count in names.items() if count > 1]
+    assert not twice, f"two files of one name: {', '.join(twice)}"
