@@ -39,6 +39,7 @@ def test_another_machine_goes_on(world, tmp_path, bucket, capsys):  # noqa: F811
     there = {entry.name for entry in Storage(url).list()}
     assert {"run.yaml", "metrics.jsonl", "step-00000012/checkpoint.json"} <= there
     assert not any(name.startswith("final/") for name in there)
+    shutil.copytree(first, tmp_path / "old")
     shutil.rmtree(first)  # the machine is gone
 
     assert main(pretrain(world, second, "--remote_dir", url)) == 0
@@ -47,6 +48,11 @@ def test_another_machine_goes_on(world, tmp_path, bucket, capsys):  # noqa: F811
     steps = [[row["step"] for row in metrics(out)] for out in (second, world / "run")]
     assert steps[0] == steps[1]
     assert Storage(url).read("final/model.safetensors") == final_weights(second)
+
+    # The first comes back with an older disk: it goes on behind the other.
+    assert main(pretrain(world, tmp_path / "old", "--remote_dir", url)) == 0
+    assert "bringing step-00000020" in capsys.readouterr().out
+    assert final_weights(tmp_path / "old") == final_weights(second)
 
 
 def test_wrong_uses(world, tmp_path, capsys):

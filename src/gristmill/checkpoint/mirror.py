@@ -83,16 +83,19 @@ class Mirror:
         for name in sorted(there - here.keys()):
             # A run that went back to an earlier step must not find the later ones again.
             if here and name > max(here):
-                self._remove(name)
-        newest_first = sorted(here, reverse=True)
-        for name in newest_first[: self._keep_last]:
-            self._copy_checkpoint(here[name])
+                _remove(self._place, name)
+        for number, name in enumerate(sorted(here, reverse=True)):
+            if number < self._keep_last or self._is_kept(name):
+                self._copy_checkpoint(here[name])
         self._copy_small()
         self._copy_final()
-        kept = sorted((there | set(newest_first[: self._keep_last])), reverse=True)
-        for name in kept[self._keep_last :]:
-            if self._keep_every is None or store.step_of(name) % self._keep_every:
-                self._remove(name)
+        # Of those that are there: one may have been retired while it was copied.
+        for name in sorted(_steps(self._place), reverse=True)[self._keep_last :]:
+            if not self._is_kept(name):
+                _remove(self._place, name)
+
+    def _is_kept(self, name: str) -> bool:
+        return self._keep_every is not None and store.step_of(name) % self._keep_every == 0
 
     def _copy_checkpoint(self, path: Path) -> None:
         record = f"{path.name}/{store.RECORD_NAME}"
@@ -101,11 +104,12 @@ class Mirror:
             if self._place.exists(record):
                 if self._place.read(record) == content:
                     return
-                self._remove(path.name)
+                _remove(self._place, path.name)
             for name in json.loads(content)["files"]:
                 self._place.copy_in(path / name, f"{path.name}/{name}")
         except FileNotFoundError:
-            return  # it was retired meanwhile
+            _remove(self._place, path.name)  # it was retired meanwhile
+            return
         self._place.write(record, content)
 
     def _copy_small(self) -> None:
@@ -126,10 +130,6 @@ class Mirror:
                 self._place.copy_in(file, file.relative_to(self._out_dir).as_posix())
         self._place.write(f"{FINAL}/{mark.name}", mark.read_bytes())
 
-    def _remove(self, name: str) -> None:
-        self._place.remove(f"{name}/{store.RECORD_NAME}")
-        self._place.remove(name)
-
 
 def record_at(url: str) -> bytes | None:
     """The `run.yaml` of the run at a URL; None where there is none.
@@ -146,43 +146,68 @@ def record_at(url: str) -> bytes | None:
 
 
 def fetch(url: str, out_dir: Path) -> Path | None:
-    """Bring the newest checkpoint and the files of the run at `url` to a directory without one.
+    """Bring the newest good checkpoint and the files of the run at `url` to a directory.
 
-    None where there is no checkpoint. Several processes may ask: one brings it. Raises RunError
-    when the store fails or what it gives is damaged.
+    None where there is no good one; a damaged one is passed over with a line. Raises RunError
+    when the store fails.
     """
     place = Storage(url)
     try:
-        names = sorted(_steps(place), reverse=True)
-        if not names:
-            return None
-        target = out_dir / names[0]
-        print(f"bringing {names[0]} from {url}")
         for left in out_dir.glob(f"step-*{_FETCHED}"):
             shutil.rmtree(left, ignore_errors=True)
-        scrap = out_dir / f"{names[0]}{_FETCHED}"
-        for entry in place.list(names[0]):
-            file = scrap / entry.name.removeprefix(f"{names[0]}/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            place.fetch(entry.name, file)
-        store.verify(scrap)
-        for name in SMALL_FILES:
-            if place.exists(name):
-                place.fetch(name, out_dir / name)
-        scrap.rename(target)
+        for name in sorted(_steps(place), reverse=True):
+            if _fetch_checkpoint(place, name, out_dir):
+                for small in SMALL_FILES:
+                    if place.exists(small):
+                        place.fetch(small, out_dir / small)
+                return out_dir / name
     except OSError as error:
         raise RunError(
             f"the run could not be brought from {url} ({reason(error)}). Run the same command "
             "again, or give another --out_dir without --remote_dir to start afresh."
         ) from error
-    return target
+    return None
+
+
+def _fetch_checkpoint(place: Storage, name: str, out_dir: Path) -> bool:
+    """Bring one checkpoint; False, and a line, for one that is damaged."""
+    print(f"bringing {name} from {place.root}")
+    scrap = out_dir / f"{name}{_FETCHED}"
+    for entry in place.list(name):
+        file = scrap / entry.name.removeprefix(f"{name}/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        place.fetch(entry.name, file)
+    try:
+        store.verify(scrap)
+    except RunError as error:
+        store.say(f"{place.at(name)} is passed over: {error}")
+        shutil.rmtree(scrap, ignore_errors=True)
+        return False
+    if (out_dir / name).is_dir():
+        store.remove(out_dir / name)
+    scrap.rename(out_dir / name)
+    return True
+
+
+def newest(url: str) -> int | None:
+    """The step of the newest whole checkpoint at a URL."""
+    return max(map(store.step_of, _steps(Storage(url))), default=None)
 
 
 def clear(url: str) -> None:
-    """Remove the run at a URL: its record, checkpoints and final model, and nothing else."""
+    """Remove the run at a URL: its checkpoints, final model and, last, its record."""
     place = Storage(url)
-    for name in (*SMALL_FILES, *_steps(place), FINAL):
+    if record_at(url) is None:
+        return  # what is there is not of a run
+    for name in sorted(_steps(place)):
+        _remove(place, name)
+    for name in (FINAL, *reversed(SMALL_FILES)):
         place.remove(name)
+
+
+def _remove(place: Storage, name: str) -> None:
+    place.remove(f"{name}/{store.RECORD_NAME}")
+    place.remove(name)
 
 
 def _steps(place: Storage) -> set[str]:

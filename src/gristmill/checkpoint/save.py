@@ -44,7 +44,7 @@ class Checkpointer:
     keep_last: newest checkpoints that stay, at least 2. keep_every: those whose step is a multiple
     stay as well. trained_only: the parameters that are not trained are left out. files: small ones
     that each checkpoint gets beside its own. mirror: where they are copied to. Later steps than
-    the one saved are left alone (`store.discard_after` drops them).
+    the one saved are left alone (`discard_after` drops them).
     """
 
     def __init__(
@@ -116,6 +116,12 @@ class Checkpointer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def discard_after(self, step: int) -> None:
+        """Drop later checkpoints, and their copies: a run that went back must not find them."""
+        store.discard_after(self._out_dir, step)
+        if self._mirror is not None:
+            self._mirror.sync()
 
     def close(self) -> None:
         """Wait for the save under way, and for the copies of what is there.

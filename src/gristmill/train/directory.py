@@ -26,7 +26,7 @@ from gristmill import __version__
 from gristmill.checkpoint import mirror
 from gristmill.checkpoint.load import newest_good
 from gristmill.checkpoint.ranks import ALONE, Ranks
-from gristmill.checkpoint.store import clean_partial, complete
+from gristmill.checkpoint.store import clean_partial, complete, step_of
 from gristmill.config.commands import Training
 from gristmill.config.parse import to_dict
 from gristmill.train.length import Length
@@ -148,7 +148,7 @@ def find(cfg: Training, wanted: dict[str, Any], name: str) -> tuple[Path, Record
 
 
 def _bring(cfg: Training, url: str, out_dir: Path, wanted: dict[str, Any]) -> None:
-    """Take over the run that is at `url`, where this directory has no checkpoint of its own."""
+    """Take over the run that is at `url`, where it is further than this directory's."""
     content = mirror.record_at(url)
     if content is None:
         return
@@ -163,15 +163,15 @@ def _bring(cfg: Training, url: str, out_dir: Path, wanted: dict[str, Any]) -> No
             f"--remote_dir {url} already holds {why}. Give another --remote_dir, or delete that "
             "run there and here with --overwrite true."
         )
-    if complete(out_dir) or _run_dir_of(cfg.resume) is not None:
-        return
     here = read(out_dir)
-    if here is not None and differences(here.identity, wanted):
-        return  # it is refused with its own words
+    if _run_dir_of(cfg.resume) is not None or (here and differences(here.identity, wanted)):
+        return  # a place is named; or the directory is refused, with its own words
     out_dir.mkdir(parents=True, exist_ok=True)
     with (out_dir / ".fetch.lock").open("a+") as one_of_all:
         fcntl.flock(one_of_all, fcntl.LOCK_EX)
-        if not complete(out_dir):
+        newest = next(map(step_of, complete(out_dir)), -1)
+        # Another machine may have gone on since this one stopped.
+        if (mirror.newest(url) or -1) > newest:
             mirror.fetch(url, out_dir)
 
 

@@ -19,7 +19,7 @@ from gristmill import __version__
 from gristmill.checkpoint.load import load as load_checkpoint
 from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.save import Checkpointer
-from gristmill.checkpoint.store import clean_partial, discard_after, read_record
+from gristmill.checkpoint.store import clean_partial, read_record
 from gristmill.data.reading.corpus import MANY_EPOCHS
 from gristmill.data.reading.stream import Batch
 from gristmill.models.counts import num_parameters
@@ -222,7 +222,7 @@ class Run:
             directory.clear(out_dir, job.cfg.remote_dir)
         elif self.start_from is not None and self.own_start:
             # Later ones are damaged, or they would have been chosen.
-            discard_after(out_dir, self.state.step)
+            self.checkpointer.discard_after(self.state.step)
         directory.write(out_dir, job.cfg, job.identity, job.length, self.micro_batch_size)
         self.open_trackers()
 

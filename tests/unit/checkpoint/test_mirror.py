@@ -102,22 +102,42 @@ def test_a_copy_cut_short_is_none_and_is_finished_later(tmp_path, monkeypatch, c
     assert copied(url) == ["step-00000001", "step-00000002"]
 
 
-def test_a_damaged_copy_is_not_taken(tmp_path):
+def test_a_damaged_copy_is_not_taken(tmp_path, capsys):
     run(tmp_path / "run", tmp_path / "copy", [1, 2])
     victim = next((tmp_path / "copy" / "step-00000002" / "weights").iterdir())
     data = bytearray(victim.read_bytes())
     data[-1] ^= 1
     victim.write_bytes(data)
     (tmp_path / "other").mkdir()
-    with pytest.raises(RunError, match="is damaged"):
-        mirror.fetch(str(tmp_path / "copy"), tmp_path / "other")
-    assert store.complete(tmp_path / "other") == []
+    path = mirror.fetch(str(tmp_path / "copy"), tmp_path / "other")
+    assert path.name == "step-00000001"
+    assert "step-00000002 is passed over" in capsys.readouterr().err
+    assert store.complete(tmp_path / "other") == [path]
+
+
+def test_one_retired_while_it_is_copied_leaves_nothing(tmp_path, monkeypatch):
+    out_dir, url = tmp_path / "run", tmp_path / "copy"
+    run(out_dir, url, [1, 2])
+    run(out_dir, tmp_path / "elsewhere", [3, 4])
+    copy_in = Storage.copy_in
+
+    def retired(self, source, name):
+        copy_in(self, source, name)
+        if name.startswith("step-00000003/optimizer"):
+            store.remove(out_dir / "step-00000003")
+
+    monkeypatch.setattr(Storage, "copy_in", retired)
+    Mirror(str(url), out_dir, keep_last=2).copy()
+    assert copied(url) == ["step-00000002", "step-00000004"]
+    assert not (url / "step-00000003").exists()
 
 
 def test_clear_removes_the_run_alone(tmp_path):
     url = tmp_path / "copy"
     run(tmp_path / "run", url, [1, 2])
     (url / "notes.txt").write_text("mine")
+    mirror.clear(str(url))
+    assert len(copied(url)) == 2  # nothing says that this is a run's
     (url / "run.yaml").write_text(json.dumps({}))
     mirror.clear(str(url))
     assert [path.name for path in url.rglob("*") if path.is_file()] == ["notes.txt"]
