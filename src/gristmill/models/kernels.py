@@ -108,6 +108,7 @@ def is_plain(config: ModelConfig) -> bool:
         and config.qk_norm == "none"
         and config.qkv_clip is None
         and config.latent_attention is None
+        and config.adaption_prompt is None
         and all(n % 32 == 0 for n in (config.hidden_size, config.intermediate_size, width))
         and config.kv_heads * config.head_size >= 32
     )
@@ -187,6 +188,8 @@ def can_attend(config: ModelConfig, tensors: Sequence[Tensor]) -> bool:
     return (
         is_built()
         and config.latent_attention is None
+        # What its vectors add is made of rotated queries, which stay inside of the kernel.
+        and config.adaption_prompt is None
         and config.head_size % 32 == 0
         and config.head_size <= 1024
         and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)

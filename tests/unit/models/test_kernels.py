@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from tests.unit.models.test_decoding import PROMPT, tiny
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import AdaptionPrompt, ModelConfig
 from gristmill.models import kernels
 from gristmill.models.batching import Batch
 from gristmill.models.decoder import Decoder
+from gristmill.models.decoding import Context
 from gristmill.models.init import init_weights
 
 
@@ -154,3 +155,32 @@ def test_rows_attend_as_in_the_full_forward(kernel, name):
             texts[row].append(token + row)
             expected = exact(torch.tensor([texts[row]]))[0, -1]
             torch.testing.assert_close(logits.float(), expected, atol=0.02, rtol=0.1)
+
+
+@torch.inference_mode()
+def test_trained_vectors_are_looked_at_in_steps_too(kernel):
+    prompt = AdaptionPrompt(length=3, num_layers=1)
+    config = ModelConfig(
+        vocab_size=64,
+        num_layers=2,
+        num_heads=4,
+        hidden_size=128,
+        intermediate_size=96,
+        max_seq_length=64,
+        adaption_prompt=prompt,
+    )
+    fast = Decoder(config)
+    init_weights(fast, seed=1)
+    fast.layers[1].attn.prompt.vectors.normal_(generator=torch.Generator().manual_seed(2))
+    fast.layers[1].attn.prompt.gate.fill_(20)
+    fast = fast.bfloat16().eval()
+    exact = copy.deepcopy(fast).float()
+    assert kernels.use_kernels(fast) is None
+    batch, context = Batch(fast, 1, 60), Context(fast)
+    ids = [*PROMPT]
+    batch.put(0, ids), context.read(ids)
+    for token in range(5):
+        ids.append(token)
+        expected = exact(torch.tensor([ids]))[:, -1]
+        for got in (batch.step([0], [token]), context.add(torch.tensor([token]), token)):
+            torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.1)
