@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it only the largest logit counts; differences of logits divided by less overflow."""
+
 
 def sample(
     logits: Tensor,
@@ -19,24 +22,29 @@ def sample(
 ) -> Tensor:
     """One token id per row of logits [B, V], int64 [B].
 
-    temperature 0 takes the largest logit. `top_k` keeps the k largest; `top_p` then keeps the
-    smallest set of most probable tokens whose probabilities reach p (nucleus, arXiv:1904.09751),
-    and `min_p` those at least min_p times as probable as the likeliest (arXiv:2407.01082), always
-    at least one. Filters act on the tempered distribution. With a generator for each row, a row's
-    choice does not depend on its neighbours.
+    temperature 0, or nearly, takes the largest logit. `top_k` keeps the k largest; `top_p` then
+    keeps the smallest set of most probable tokens whose probabilities reach p (nucleus,
+    arXiv:1904.09751), and `min_p` those at least min_p times as probable as the likeliest
+    (arXiv:2407.01082), always at least one. Filters act on the tempered distribution. With a
+    generator for each row, a row's choice does not depend on its neighbours.
     """
-    if temperature == 0.0 or top_k == 1 or top_p <= 0.0:
+    if temperature < LEAST_TEMPERATURE or top_k == 1 or top_p <= 0.0:
         return logits.argmax(dim=-1)
     ids: Tensor | None = None
     if top_k is not None and top_k < logits.shape[-1]:
         logits, ids = torch.topk(logits, top_k, dim=-1)
     elif top_p < 1.0:
         logits, ids = torch.sort(logits, dim=-1, descending=True)
-    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    # Divided first, large logits would be infinite, and their softmax not a number.
+    logits = logits - logits.amax(-1, keepdim=True)
+    probs = torch.softmax(logits / temperature, dim=-1)
     kept = probs
     if top_p < 1.0:
         before = probs.cumsum(dim=-1) - probs  # mass of the tokens that are more probable
-        kept = kept.masked_fill(before >= top_p, 0.0)
+        dropped = before >= top_p
+        dropped[..., 0] = False  # in fp32 a tiny top_p is the 0 that is before the likeliest
+        kept = kept.masked_fill(dropped, 0.0)
     if min_p > 0.0:
         kept = kept.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
     choice = _draw(kept, generator)

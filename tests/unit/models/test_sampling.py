@@ -62,3 +62,20 @@ def test_bf16_logits_are_sampled_in_fp32():
     rows = torch.zeros(20000, 1000, dtype=torch.bfloat16)
     ids = sample(rows, top_p=0.5, generator=torch.Generator().manual_seed(0))
     assert len(ids.unique()) == pytest.approx(500, abs=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-40, "min_p": 0.5},
+        {"temperature": 1e-5},
+        {"top_p": 1e-300},
+        {"top_p": 1e-45, "top_k": 3},
+        {"temperature": 1e-4, "top_p": 1e-40, "min_p": 1.0},
+    ],
+)
+def test_tiny_options_take_the_likeliest(options):
+    rows = 1e35 * torch.randn(50, 9)
+    assert torch.equal(sample(rows, **options), rows.argmax(-1))
+    assert draws(**options)[1] == 1.0
