@@ -236,7 +236,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_small(x: Tensor) -> bool:
     return (
-        math.prod(x.shape[:-1]) <= MOST_ROWS
+        0 < math.prod(x.shape[:-1]) <= MOST_ROWS
         and x.device.type == "cpu"
         and x.dtype == torch.bfloat16
         and not torch.is_grad_enabled()

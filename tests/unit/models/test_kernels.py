@@ -115,6 +115,19 @@ def test_parts_of_something_wider(kernel):
     close(norm(part), F.rms_norm(part.float(), (64,)))
 
 
+@torch.inference_mode()
+def test_no_rows_are_no_products(kernel):
+    empty = torch.empty(0, 64, dtype=torch.bfloat16)
+    layer, norm = torch.nn.Linear(64, 50).bfloat16(), torch.nn.RMSNorm(64).bfloat16()
+    layer.__class__, norm.__class__ = kernels.FewRowsLinear, kernels.FewRowsNorm
+    whole = torch.ones(50, 64, dtype=torch.int8)
+    int8 = kernels.Int8Linear(whole, torch.ones(50).bfloat16(), None)
+    assert norm(empty).shape == (0, 64)
+    for out in (layer(empty), int8(empty), *kernels.project(empty, layer, layer, int8)):
+        assert out.shape == (0, 50)
+    assert kernels.gated(empty, layer, layer).shape == (0, 50)
+
+
 ATTENTION = {
     "grouped": {"num_kv_heads": 2},
     "one group": {"num_kv_heads": 1, "head_dim": 64},
