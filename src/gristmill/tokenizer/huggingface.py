@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Library
 from tokenizers.models import BPE
@@ -19,9 +21,17 @@ from gristmill.tokenizer.long_text import (
 )
 from gristmill.util.errors import UserError
 
+_MAKING = threading.Lock()
+"""Held while a second library object is made; not an attribute, because locks cannot be pickled."""
+
 
 class HuggingFaceBackend:
-    """Text to ids and back as the file at `path` defines it, adding no token of its own accord."""
+    """Text to ids and back as the file at `path` defines it, adding no token of its own accord.
+
+    Whether special tokens are read in a text is a setting of a library object, and threads share
+    those: there is one for each setting, and neither is changed once it encodes. Otherwise what
+    one user types could become a control token while another thread encodes a template.
+    """
 
     kind = "tokenizers"
 
@@ -39,6 +49,7 @@ class HuggingFaceBackend:
         if getattr(self.library.model, "dropout", None):
             self.library.model.dropout = None
         self.library.encode_special_tokens = True
+        self._reading: Library | None = None
         vocabulary = self.library.get_vocab(with_added_tokens=True)
         self.num_token_ids = max(vocabulary.values(), default=-1) + 1
         self.bos_id: int | None = None
@@ -59,11 +70,7 @@ class HuggingFaceBackend:
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """The ids of `text`; with `special`, special tokens written in it become their ids."""
-        self.library.encode_special_tokens = not special
-        try:
-            return self._encode(text)
-        finally:
-            self.library.encode_special_tokens = True
+        return self._encode(text, self._reading_special() if special else None)
 
     def encode_batch(self, texts: Sequence[str]) -> Encoded:
         """(ids uint32[N], offsets int64[len(texts) + 1]) of all texts, special ones as text."""
@@ -99,11 +106,31 @@ class HuggingFaceBackend:
         # Merges only join neighbours into tokens; other models weigh the text as a whole.
         return isinstance(model, BPE) and not model.ignore_merges
 
-    def _encode(self, text: str) -> list[int]:
+    def _reading_special(self) -> Library:
+        """The library object that reads special tokens; few processes need one."""
+        if self._reading is None:
+            with _MAKING:
+                if self._reading is None:
+                    made = Library.from_str(self.library.to_str())
+                    made.encode_special_tokens = False
+                    self._reading = made
+        return self._reading
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is made again where it is needed."""
+        return {**self.__dict__, "_reading": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The same again, with the setting that the library forgets when it is pickled."""
+        self.__dict__.update(state)
+        self.library.encode_special_tokens = True
+
+    def _encode(self, text: str, library: Library | None = None) -> list[int]:
+        library = library or self.library
         try:
-            ids: list[int] = self.library.encode(text, add_special_tokens=False).ids
+            ids: list[int] = library.encode(text, add_special_tokens=False).ids
         except TypeError:
-            ids = self.library.encode(without_surrogates(text), add_special_tokens=False).ids
+            ids = library.encode(without_surrogates(text), add_special_tokens=False).ids
         return ids
 
     def _encode_call(self, texts: list[str]) -> Encoded:

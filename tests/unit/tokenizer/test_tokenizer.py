@@ -1,7 +1,9 @@
 import hashlib
 import json
+import pickle
 import sys
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -73,6 +75,28 @@ def test_special_tokens_in_a_text_are_text_unless_asked_for(any_tokenizer):
         assert any_tokenizer.encode(text, special=True)[-1] == token_id
         # and the switch leaves no trace
         assert token_id not in any_tokenizer.encode(text)
+
+
+def test_threads_that_read_special_tokens_do_not_disturb_others(trained_dir):
+    tokenizer = Tokenizer.load(trained_dir)
+    text = f"hello {tokenizer.eos_token} " * 20
+    plain, special = tokenizer.encode(text), tokenizer.encode(text, special=True)
+    assert plain != special
+
+    def encode(number):
+        wanted = special if number % 2 else plain
+        return all(tokenizer.encode(text, special=bool(number % 2)) == wanted for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(encode, range(4)))
+
+
+def test_a_pickled_tokenizer_encodes_alike(trained_dir):
+    tokenizer = Tokenizer.load(trained_dir)
+    text = f"hello {tokenizer.eos_token}"
+    wanted = [tokenizer.encode(text, special=special) for special in (False, True)]
+    again = pickle.loads(pickle.dumps(tokenizer))
+    assert [again.encode(text, special=special) for special in (False, True)] == wanted
 
 
 def test_special_text_round_trips_when_shown(any_tokenizer):
