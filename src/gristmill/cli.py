@@ -247,7 +247,7 @@ def _meant(words: list[str]) -> list[str]:
     """The words of a command of ours that another tool's script stands for, which is said."""
     meant = scripts.translate(words)
     if meant[1:] != words[1:]:
-        print(f"{words[0]} is here: {shlex.join(['gristmill', *meant])}", file=sys.stderr)
+        print(f"{words[0]} is here: {_shown(['gristmill', *meant])}", file=sys.stderr)
     return meant
 
 
@@ -275,7 +275,25 @@ def corrected(words: Sequence[str], fix: dict[str, object]) -> str:
     added = [
         part for name, value in fix.items() if value is not None for part in (name, str(value))
     ]
-    return shlex.join(["gristmill", *kept, *added])
+    return _shown(["gristmill", *kept, *added])
+
+
+def _shown(words: Sequence[str]) -> str:
+    """The words as a shell takes them, keys left out: what is printed is logged and passed on."""
+    from gristmill.config.parse import SECRETS
+
+    shown: list[str] = []
+    is_key = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if is_key:
+            shown.append("…")
+        elif equals and name in SECRETS:
+            shown.append(f"{name}=…")
+        else:
+            shown.append(shlex.quote(word))
+        is_key = not is_key and word in SECRETS
+    return " ".join(shown)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -213,6 +213,16 @@ def test_corrected_command_replaces_and_adds():
     assert fixed == "gristmill pretrain m --a 9 --b 8 --d 'x y'"
 
 
+def test_printed_commands_hide_keys(capsys):
+    words = ["serve", "m", "--api_key", "s3cret", "--access_token=s3cret=", "--port", "1"]
+    fixed = corrected(words, {"--port": 2})
+    assert fixed == "gristmill serve m --api_key … --access_token=… --port 2"
+    # A key may look like an option, and the name of a script is put in our words.
+    assert main(["scripts/prepare_redpajama.py", "--nonsense", "1", "--api_key", "--s3cret"]) == 2
+    said = capsys.readouterr().err
+    assert "prepare redpajama --nonsense 1 --api_key …" in said
+
+
 @pytest.mark.parametrize(
     "words",
     [
