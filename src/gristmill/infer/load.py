@@ -24,6 +24,7 @@ from gristmill.models.decoding import Context, Continuation, check_sampling, gen
 from gristmill.models.device import (
     choose_device,
     describe,
+    host_memory_bytes,
     memory_bytes,
     resolve_precision,
     weight_dtype,
@@ -89,7 +90,7 @@ class LoadedModel:
         if self.device.type == "cuda":
             memory = torch.cuda.mem_get_info(self.device)[0]
         else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            memory = host_memory_bytes()
         return max(1, memory // 4 // max(1, token_bytes))
 
     def prompt_ids(self, prompt: str, *, special: bool = False) -> list[int]:

@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -142,6 +143,14 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     except RuntimeError:
         return None
     return 2 * size**3 / best
+
+
+def host_memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process runs in."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError):  # no limit is the word "max"
+        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return there
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from gristmill.config.model import ModelConfig
 from gristmill.data.reading.pack import PackSummary
 from gristmill.data.reading.stream import Batch
 from gristmill.models import counts
-from gristmill.models.device import choose_device, num_devices
+from gristmill.models.device import choose_device, host_memory_bytes, num_devices
 from gristmill.parallel.mesh import resolve_sizes
 from gristmill.train.batch import TokenBatch
 from gristmill.train.directory import Record
@@ -167,10 +166,7 @@ def _memory_bytes(device: torch.device, processes: int) -> float:
     """What each of the machine's processes can have."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, ValueError):  # no limit is the word "max"
-        there = min(there, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return there / processes
+    return host_memory_bytes() / processes
 
 
 def check_disk(job: Job) -> None:
