@@ -28,6 +28,9 @@ PART_TOKENS = 256
 WORTH_HOLDING = 16
 """Tokens that two texts must have in common at their beginning for the later to go on from them."""
 
+Settings = tuple[float, int | None, float, float] | None
+"""temperature, top_k, top_p and min_p of a reply; None takes the likeliest token."""
+
 
 class Rows(Protocol):
     """The sequences that are decoded together: `models.batching.Batch`, or a test's."""
@@ -261,7 +264,8 @@ class Engine:
         active = [row for row, sequence in self._active.items() if sequence.reply is not None]
         if active:
             tokens = [self._reply(row).last for row in active]
-            self._try(rows, active, lambda: self._choose(rows, active, rows.step(active, tokens)))
+            with self._trying(rows, active):
+                self._choose(rows, active, rows.step(active, tokens))
         self._send()
 
     def _read(self, rows: Rows) -> bool:
@@ -270,8 +274,8 @@ class Engine:
         if row is None:
             row = self._admit(rows)
         if row is not None:
-            found = row
-            self._try(rows, [found], lambda: self._read_part(rows, found))
+            with self._trying(rows, [row]):
+                self._read_part(rows, row)
         return row is not None
 
     def _admit(self, rows: Rows) -> int | None:
@@ -303,10 +307,11 @@ class Engine:
         self._choose(rows, [row], sequence.logits)
         sequence.logits = None
 
-    def _try(self, rows: Rows, active: list[int], work: Callable[[], None]) -> None:
-        """Do it; where it fails, the replies in these rows have failed, and no others."""
+    @contextlib.contextmanager
+    def _trying(self, rows: Rows, active: list[int]) -> Iterator[None]:
+        """Where what is done fails, the replies in these rows have failed, and no others."""
         try:
-            work()
+            yield
         except Exception as error:
             note("".join(traceback.format_exception(error)).rstrip())
             for row in active:
@@ -316,45 +321,69 @@ class Engine:
 
     @torch.inference_mode()
     def _choose(self, rows: Rows, active: list[int], logits: Tensor) -> None:
-        """The next token of each row, from its row of logits [len(active), V]."""
-        chosen = self._sample(active, logits)
-        for number, (row, token_id) in enumerate(zip(active, chosen, strict=True)):
-            sequence = self._active[row]
-            piece = self._reply(row).put(token_id, logits[number : number + 1])
-            if piece is None:
-                continue
-            self._outbox.append((sequence.ticket, (sequence.number, piece)))
-            if piece.finish is not None:
-                self._leave(rows, row)
+        """The next token of each row, from its row of logits [len(active), V].
+
+        What fails for one row (its logits are not numbers, say) is no other's failure.
+        """
+        chosen = self._sample(rows, active, logits)
+        for number, row in enumerate(active):
+            if row in chosen:
+                with self._trying(rows, [row]):
+                    self._put(rows, row, chosen[row], logits[number : number + 1])
         self._send()
 
-    def _sample(self, active: list[int], logits: Tensor) -> list[int]:
-        replies = [self._reply(row) for row in active]
-        bent = [reply.bend(logits[i : i + 1]) for i, reply in enumerate(replies)]
-        chosen = [0] * len(active)
+    def _put(self, rows: Rows, row: int, token_id: int, logits: Tensor) -> None:
+        """Go on with a reply by one token."""
+        sequence = self._active[row]
+        piece = self._reply(row).put(token_id, logits)
+        if piece is None:
+            return
+        self._outbox.append((sequence.ticket, (sequence.number, piece)))
+        if piece.finish is not None:
+            self._leave(rows, row)
+
+    def _sample(self, rows: Rows, active: list[int], logits: Tensor) -> dict[int, int]:
+        """The next id of each row that has not failed."""
+        bent: dict[int, Tensor] = {}
         # Rows that choose alike are sampled together.
-        groups: dict[tuple[float, int | None, float, float] | None, list[int]] = {}
-        for i, reply in enumerate(replies):
-            ask = reply.ask
-            alike = (ask.temperature, ask.top_k, ask.top_p, ask.min_p)
-            groups.setdefault(None if reply.is_greedy else alike, []).append(i)
+        groups: dict[Settings, list[int]] = {}
+        for number, row in enumerate(active):
+            with self._trying(rows, [row]):
+                reply = self._reply(row)
+                bent[row] = reply.bend(logits[number : number + 1])
+                ask = reply.ask
+                alike = (ask.temperature, ask.top_k, ask.top_p, ask.min_p)
+                groups.setdefault(None if reply.is_greedy else alike, []).append(row)
+        chosen: dict[int, int] = {}
         for settings, members in groups.items():
-            some = torch.cat([bent[i] for i in members])
-            if settings is None:
-                ids = some.argmax(-1)
-            else:
-                temperature, top_k, top_p, min_p = settings
-                ids = sample(
-                    some,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    min_p=min_p,
-                    generator=[replies[i].generator for i in members],
-                )
-            for i, token_id in zip(members, ids.tolist(), strict=True):
-                chosen[i] = token_id
+            try:
+                chosen |= self._draw(settings, {row: bent[row] for row in members})
+            except Exception:
+                # Whose failure it is shows when each is alone.
+                for row in members:
+                    with self._trying(rows, [row]):
+                        chosen |= self._draw(settings, {row: bent[row]})
         return chosen
+
+    def _draw(self, settings: Settings, bent: dict[int, Tensor]) -> dict[int, int]:
+        """An id for each row, from its logits [1, V]."""
+        some = torch.cat(list(bent.values()))
+        # Drawing from such would end a GPU's context, and with it everybody's replies.
+        if not some.amax(-1).isfinite().all():
+            raise ArithmeticError("the logits are not finite numbers")
+        if settings is None:
+            ids = some.argmax(-1)
+        else:
+            temperature, top_k, top_p, min_p = settings
+            ids = sample(
+                some,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                generator=[self._reply(row).generator for row in bent],
+            )
+        return dict(zip(bent, ids.tolist(), strict=True))
 
     def _reply(self, row: int) -> Reply:
         reply = self._active[row].reply

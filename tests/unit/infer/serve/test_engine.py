@@ -226,6 +226,56 @@ def test_failures_end_the_replies_they_hit(loaded, capsys):
     assert "no such row" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_without_a_next_token_fails_alone(loaded, capsys, temperature):
+    world = World(loaded, rows=2)
+    step = world.slow.step
+    asks = [ask(loaded, prompt, 20, temperature=temperature, seed=3) for prompt in ("a", "b")]
+
+    def broken(rows, tokens):
+        logits = step(rows, tokens).clone()
+        if len(rows) == 2:
+            logits[rows.index(max(rows))] = float("nan")
+        return logits
+
+    world.slow.step = broken
+
+    async def main():
+        with world as engine:
+            tickets = [engine.submit([one]) for one in asks]
+            said = await asyncio.gather(
+                *(texts(ticket, 1) for ticket in tickets), return_exceptions=True
+            )
+            failed = [one for one in said if isinstance(one, ModelFailed)]
+            assert len(failed) == 1
+            assert "not finite" in str(failed[0])
+            return [(i, one) for i, one in enumerate(said) if not isinstance(one, Exception)]
+
+    ((number, text),) = asyncio.run(main())
+    assert text == [alone(loaded, asks[number])]
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_a_reply_that_cannot_take_its_token_fails_alone(loaded, monkeypatch):
+    put = Reply.put
+
+    def broken(self, token_id, logits):
+        if self.ask.seed == 1 and self.num_tokens == 3:
+            raise ValueError("no such token")
+        return put(self, token_id, logits)
+
+    monkeypatch.setattr(Reply, "put", broken)
+
+    async def main():
+        with World(loaded, rows=2) as engine:
+            tickets = [engine.submit([ask(loaded, "a", 10, seed=seed)]) for seed in (1, 2)]
+            with pytest.raises(ModelFailed, match="no such token"):
+                await texts(tickets[0], 1)
+            return await texts(tickets[1], 1)
+
+    assert asyncio.run(main()) == [alone(loaded, ask(loaded, "a", 10, seed=2))]
+
+
 def test_an_engine_that_cannot_start_says_why(loaded):
     def fail():
         raise MemoryError("too little")
