@@ -23,9 +23,10 @@ def copy_model(source: ModelDir, out_dir: str, *, replace_other: bool) -> None:
     """Write the model to `out_dir` as a Hugging Face directory, unless it is there already.
 
     What else is there stays. Raises UserError for a directory with another model, unless it may be
-    replaced, or with a run in it.
+    replaced, or with a run in it, or with files that the model itself is read from.
     """
     out = Path(out_dir).expanduser()
+    _refuse_own_files(source, out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out_dir {out} is a file. Name a directory.")
     held = {path.name for path in out.iterdir()} if out.is_dir() else set()
@@ -50,6 +51,28 @@ def copy_model(source: ModelDir, out_dir: str, *, replace_other: bool) -> None:
         raise UserError(
             f"{error} Or leave --out_dir out, which is for a copy that other tools read."
         ) from None
+
+
+def _refuse_own_files(source: ModelDir, out: Path) -> None:
+    """Raise UserError where making room for the copy would delete what is to be copied.
+
+    A Hugging Face directory may name itself: it is left alone.
+    """
+    itself = out.resolve()
+    if not out.is_dir() or (source.kind == "huggingface" and itself == source.path.resolve()):
+        return
+    model: ModelDir | None = source
+    while model is not None:
+        weights = {entry.file for entry in model.open_tensors().entries.values()}
+        files = {file for file in (model.path, *weights) if file.is_file()}
+        # A link is as needed as what it leads to.
+        homes = {file.parent.resolve() for file in files} | {f.resolve().parent for f in files}
+        if itself in {model.path.resolve(), *homes}:
+            raise UserError(
+                f"--out_dir {out} holds files of {model.path}, which the copy is made of. Name "
+                "another directory, or keep only the results: --save_filepath FILE."
+            )
+        model = model.base
 
 
 def _is_same(source: ModelDir, out: Path) -> bool:
