@@ -248,7 +248,10 @@ def _named(folder: Path, stems: Sequence[str]) -> list[str | Path]:
 
 def _hub_files(data: HubRecords) -> tuple[list[str | Path], list[str | Path]]:
     """The files of a set, fetched into `download_dir` unless they are there."""
-    folder = Path(data.download_dir or f"data/{type(data).__name__.lower()}").expanduser()
+    name = type(data).__name__.lower()
+    if data.repo_id and data.repo_id != data.repo:  # files of the set's own repository are others
+        name = data.repo_id.replace("/", "--")
+    folder = Path(data.download_dir or f"data/{name}").expanduser()
     train, val = _patterns(data, data.train_files), _patterns(data, data.val_files)
     found = _matching(folder, train)
     lacking = [p for p in train if not _matching(folder, [p])] if isinstance(data, FLAN) else []

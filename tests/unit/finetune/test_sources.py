@@ -164,6 +164,19 @@ def test_a_set_is_fetched_once(hub, tmp_path):
     assert len(hub.asked) == asked  # a machine without a network will do now
 
 
+def test_another_repository_is_another_folder(hub, tmp_path):
+    rows = json.dumps(ROWS[:20]).encode()
+    hub.datasets["me/alpaca"] = Repository({"mine.json": rows})
+    assert len(find_conversations(Alpaca2k(val_fraction=0.0)).train) == 40
+    assert len(find_conversations(Alpaca2k(val_fraction=0.0, repo_id="me/alpaca")).train) == 20
+    assert (tmp_path / "data/me--alpaca/mine.json").is_file()
+    own = Alpaca2k(val_fraction=0.0, repo_id="me/alpaca", download_dir="data/alpaca2k")
+    assert len(find_conversations(own).train) == 40  # what is there is not fetched again
+    same = Alpaca2k(val_fraction=0.0, repo_id=Alpaca2k.repo)
+    assert len(find_conversations(same).train) == 40
+    assert not (tmp_path / "data/mhenrichsen--alpaca_2k_test").exists()
+
+
 def test_sets_with_splits_of_their_own(hub):
     for data in (Deita(), LongForm()):
         found = find_conversations(data)
