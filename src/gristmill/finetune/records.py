@@ -115,6 +115,7 @@ def with_inputs_inline(talk: Conversation) -> Conversation:
 def _chat(given: Any, record: Mapping[str, Any], *, multiturn: bool) -> Conversation:
     if not isinstance(given, list) or not given:
         raise BadRecord(f"its chat is {_kind(given)}, not a list of messages")
+    given = [_without_nulls(message) for message in given]
     messages = []
     if record.get("system") and _role(given[0]) != "system":
         messages.append({"role": "system", "content": _text(record["system"])})
@@ -135,6 +136,13 @@ def _chat(given: Any, record: Mapping[str, Any], *, multiturn: bool) -> Conversa
     if not multiturn:
         messages = _first_turn(messages)
     return _checked(messages, record.get("tools"))
+
+
+def _without_nulls(message: Any) -> Any:
+    """The message without null fields: parquet has every field of one message in all of them."""
+    if not isinstance(message, Mapping):
+        return message
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def _first_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -53,6 +53,21 @@ def test_a_system_prompt_and_tools_are_kept():
         assert talk.tools == record.get("tools")
 
 
+def test_null_means_that_a_field_is_not_there():
+    # Parquet has every field of one message in all of them.
+    fields = ("weight", "tool_calls", "name", "input", "from", "value")
+    empty = dict.fromkeys(fields)
+    record = {"messages": [empty | USER, empty | ANSWER], "system": None, "tools": None}
+    talk = conversation(record)
+    assert talk.messages == [USER, ANSWER]
+    assert talk.tools is None
+    empty = dict.fromkeys(("role", "content", "weight"))
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    assert conversation({"messages": [empty | turn for turn in turns]}).messages == [USER, ANSWER]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "value": None}]}
+    assert conversation({"messages": [USER, call]}).messages[1] == {**call, "content": ""}
+
+
 def test_only_the_first_turn_of_a_chat_if_asked():
     record = {"messages": [{"role": "system", "content": "S"}, USER, ANSWER, USER, ANSWER]}
     assert len(conversation(record).messages) == 5
