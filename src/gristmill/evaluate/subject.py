@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.evaluate.encode import Encoder
-from gristmill.evaluate.score import Answer, Scorer
+from gristmill.evaluate.score import Answer, Query, Scorer
 from gristmill.evaluate.write import Prompt, Writer
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.infer.load import LoadedModel, load, note, use_few_threads
@@ -63,8 +63,7 @@ class Subject:
         """For each (context, continuation) the continuation's log-likelihood behind it."""
         self.is_asked = True
         queries = [self._encoder.query(context, continuation) for context, continuation in pairs]
-        for query in queries:
-            self.loaded.checked([*query.context, *query.continuation])
+        self._check(queries)
         with _Progress(len(queries), "answers computed") as progress:
             return self.scorer.answers(queries, progress)
 
@@ -74,9 +73,15 @@ class Subject:
         limit = self.loaded.limit
         windows = [list(self._encoder.windows(text, limit)) for text in texts]
         queries = [query for part in windows for query in part]
+        self._check(queries)
         with _Progress(len(queries), "windows computed") as progress:
             answers = iter(self.scorer.answers(queries, progress))
         return [sum(next(answers).log_likelihood for _ in part) for part in windows]
+
+    def _check(self, queries: Sequence[Query]) -> None:
+        """Raise UserError for ids without a row in the model: computing them ends the process."""
+        for query in queries:
+            self.loaded.checked([*query.context, *query.continuation])
 
     def texts(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """What the model writes after each prompt, by the settings beside it."""
