@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,9 +54,18 @@ def _distributed_pretrain(given: set[str]) -> list[str]:
 
 
 def on_ray() -> bool:
-    """Whether this machine is part of a Ray cluster: where Ray leaves that cluster's address."""
+    """Whether this machine is part of a Ray cluster: where Ray leaves that cluster's address.
+
+    Everybody can write there: another user's file would send this user's work to that cluster.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return True
     known = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
-    return bool(os.environ.get("RAY_ADDRESS")) or known.is_file()
+    try:
+        found = known.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
 
 
 _WHOLE: dict[str, tuple[str, ...]] = {"--percentage": ("1", "1.0")}

@@ -13,7 +13,7 @@ from gristmill import cli
 from gristmill.cli import COMMANDS, _command_name, _listing, main
 from gristmill.config import data
 from gristmill.config.parse import parse
-from gristmill.config.scripts import SCRIPTS, named, translate
+from gristmill.config.scripts import SCRIPTS, named, on_ray, translate
 from gristmill.util.errors import UserError
 
 
@@ -80,6 +80,20 @@ def test_a_cluster_and_a_tracker_are_used_where_they_are(monkeypatch):
     assert "--logger_name wandb" in said
     assert "secret" not in said
     assert "wandb" not in meant("distributed_pretrain.py --logger_name csv --out_dir o").split()[:3]
+
+
+def test_a_ray_cluster_is_believed_where_the_user_began_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert not on_ray()
+    (tmp_path / "ray").mkdir()
+    file = tmp_path / "ray" / "ray_current_cluster"
+    file.write_text("127.0.0.1:6379")
+    assert on_ray()
+    monkeypatch.setattr("os.geteuid", lambda: file.stat().st_uid + 1)
+    assert not on_ray()
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert on_ray()
 
 
 def test_scripts_hide_no_command():
