@@ -73,12 +73,13 @@ class Conversation:
     """The turns of a chat, rendered with the model's chat template.
 
     A model without one (a base model) is given each prompt as it stands, without the earlier ones.
-    `room` is how many tokens a reply may take: the oldest turns are forgotten to keep it free.
+    `room` is how many tokens a reply may take: the oldest turns are forgotten to keep it free, but
+    for no more than a quarter of the context, which a reply seldom takes and memory can use.
     """
 
     def __init__(self, loaded: LoadedModel, system: str | None = None, *, room: int) -> None:
         self._loaded = loaded
-        self._room = room
+        self._room = min(room, loaded.limit // 4)
         self._turns: list[Message] = []
         self._system: list[Message] = []
         if system is not None:
@@ -98,21 +99,28 @@ class Conversation:
     def ask(self, prompt: str) -> tuple[list[int], int]:
         """The ids to continue for the user's next turn, and how many old turns were forgotten.
 
-        Raises UserError, and takes the turn back, when it does not fit into the context at all.
+        Raises UserError, and takes the turn back, when it does not fit into the context at all or
+        the template refuses it.
         """
-        loaded = self._loaded
-        before, forgotten = list(self._turns), 0
+        before = self._turns
+        try:
+            return self._asked(prompt)
+        except UserError:
+            self._turns = before
+            raise
+
+    def _asked(self, prompt: str) -> tuple[list[int], int]:
+        loaded, forgotten = self._loaded, 0
         if not self.has_template:
             ids = loaded.prompt_ids(prompt)
         else:
-            self._turns.append({"role": "user", "content": prompt})
+            self._turns = [*self._turns, {"role": "user", "content": prompt}]
             ids = self._ids()
             while len(ids) + self._room > loaded.limit and len(self._turns) > 1:
-                del self._turns[:2]
+                self._turns = self._turns[2:]
                 forgotten += 1
                 ids = self._ids()
         if len(ids) >= loaded.limit:
-            self._turns = before
             raise UserError(
                 f"the prompt is longer than the model's context ({len(ids)} tokens of "
                 f"{loaded.limit}). give a shorter one."

@@ -178,6 +178,26 @@ def test_a_refused_prompt_leaves_the_history_as_it_was(chat_model):
     assert "yes" in loaded.tokenizer.decode(ids)
 
 
+def test_long_replies_leave_room_for_what_was_said(chat_model):
+    loaded = load(chat_model, "cpu", "32-true")
+    conversation = Conversation(loaded, room=10_000)
+    conversation.ask("a")
+    conversation.answered("b")
+    ids, forgotten = conversation.ask("c")
+    assert len(ids) <= loaded.limit * 3 // 4
+    assert forgotten == 0
+
+
+def test_a_turn_that_the_template_refuses_is_taken_back(tmp_path):
+    picky = "{% if messages[-1].content == 'no' %}{{ raise_exception('not this') }}{% endif %}"
+    loaded = load(make_model(tmp_path, template=picky + TEMPLATE), "cpu", "32-true")
+    conversation = Conversation(loaded, room=8)
+    with pytest.raises(UserError, match="not this"):
+        conversation.ask("no")
+    ids, _ = conversation.ask("yes")
+    assert loaded.tokenizer.decode(ids).count("user") == 1
+
+
 def test_base_model_continues_each_prompt_alone(base_model, piped, capsys):
     piped("hello\nagain\n")
     run(base_model, temperature=0)
