@@ -5,8 +5,11 @@ Configurations, headers and sizes are read, never weights.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shlex
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -84,11 +87,21 @@ def identify(path: str | Path) -> Found:
         raise UserError(f"{path} does not exist. {how_to_get(path)}")
     found = _file(place) if place.is_file() else _directory(place)
     if place.is_dir():
-        sizes = [p.stat().st_size for p in place.rglob("*") if p.is_file()]
+        sizes = list(_sizes(place))
         found.num_bytes, found.num_files = sum(sizes), len(sizes)
     else:
         found.num_bytes, found.num_files = place.stat().st_size, 1
     return found
+
+
+def _sizes(place: Path) -> Iterator[int]:
+    """Sizes of all files below; what a running training removes meanwhile is not there."""
+    for folder, _, names in os.walk(place):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found = os.stat(os.path.join(folder, name))
+                if stat.S_ISREG(found.st_mode):
+                    yield found.st_size
 
 
 def _directory(place: Path) -> Found:
