@@ -8,6 +8,7 @@ cache directory, and used for bf16 on processors with AMX; everywhere else torch
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import math
@@ -280,7 +281,7 @@ def build(tell: Callable[[str], None] | None = None) -> str | None:
             torch.library.register_fake("gristmill::block", lambda x, *_: torch.empty_like(x))
             torch.library.register_fake("gristmill::attend_rows", lambda q, *_: torch.empty_like(q))
             _state["reason"] = None
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
             detail = getattr(error, "stderr", None) or str(error)
             _state["reason"] = (detail.strip().splitlines() or [type(error).__name__])[0]
     return _state["reason"]
@@ -304,34 +305,50 @@ def _library(tell: Callable[[str], None] | None) -> Path:
     source = Path(__file__).with_suffix(".cpp")
     parts = (source.read_bytes(), torch.__version__.encode(), " ".join(FLAGS).encode())
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
-    folder = user_cache_dir() / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        # Nobody else may put a library where this process looks for one.
-        folder = Path(tempfile.mkdtemp(prefix="gristmill-"))
-    built = folder / name
-    if not built.is_file():
+    built = _folder() / name
+    if not _is_own(built):
         if tell is not None:
             tell("Building the kernels for this processor, once: some seconds.")
         _compile(compiler, source, built)
     return built
 
 
+def _folder() -> Path:
+    """Where libraries are kept: nobody else may put one where this process looks for it."""
+    # Not with what torch compiles: that folder is as others on the machine may want it.
+    folder = user_cache_dir() / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        pass
+    else:
+        if _is_own(folder) and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    private = tempfile.mkdtemp(prefix="gristmill-")
+    atexit.register(shutil.rmtree, private, ignore_errors=True)
+    return Path(private)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether the path is there, belongs to this user, and nobody else can write it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+
+
 def _compile(compiler: str, source: Path, built: Path) -> None:
     root = Path(torch.__file__).parent
-    fresh = built.with_suffix(f".{os.getpid()}.so")
-    command = [compiler, *FLAGS, f"-I{root / 'include'}", str(source), "-o", str(fresh)]
-    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    try:
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        fresh = Path(folder, built.name)
+        command = [compiler, *FLAGS, f"-I{root / 'include'}", str(source), "-o", str(fresh)]
+        libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
         subprocess.run([*command, *libraries], check=True, capture_output=True, text=True)
+        # A umask may let a group write, and then it would never be loaded.
+        fresh.chmod(0o700)
         # Whoever builds it at the same time puts the same there.
         os.replace(fresh, built)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 @functools.cache

@@ -1,4 +1,8 @@
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,6 +107,71 @@ def test_without_a_compiler_it_says_so(monkeypatch, tmp_path):
     assert "AMX" in (reason := kernels.build()) or "no C++ compiler" in reason
     kernels._compiler.cache_clear()
     assert not kernels.is_built()
+
+
+@pytest.fixture
+def cached(monkeypatch, tmp_path):
+    """A cache directory without kernels, where building takes no time; and its libraries."""
+
+    def compile_(command, **_):
+        Path(command[command.index("-o") + 1]).write_bytes(b"built here")
+
+    monkeypatch.setattr(kernels, "user_cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(kernels, "_compiler", lambda: "g++")
+    monkeypatch.setattr(kernels.subprocess, "run", compile_)
+    monkeypatch.setattr(kernels.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(kernels.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(kernels.torch.cpu, "_init_amx", lambda: True)
+    return tmp_path / "kernels"
+
+
+def test_a_library_is_built_once_whatever_the_umask(cached):
+    told = []
+    old = os.umask(0o002)
+    try:
+        built = kernels._library(told.append)
+    finally:
+        os.umask(old)
+    assert built == kernels._library(told.append)
+    assert len(told) == 1
+    assert list(cached.iterdir()) == [built]
+
+
+@pytest.mark.parametrize("mode", [0o720, 0o702])
+def test_a_library_that_others_can_write_is_built_anew(cached, mode):
+    built = kernels._library(None)
+    built.write_bytes(b"something else")
+    built.chmod(mode)
+    assert kernels._library(None) == built
+    assert built.read_bytes() == b"built here"
+    built.write_bytes(b"something else")
+    cached.chmod(mode)
+    private = kernels._library(None)
+    assert private.parent != cached
+    assert private.parent.stat().st_mode & 0o777 == 0o700
+    assert private.read_bytes() == b"built here"
+
+
+def test_a_library_of_another_user_is_not_loaded(cached, monkeypatch):
+    built = kernels._library(None)
+    other = os.geteuid() + 1
+    monkeypatch.setattr(kernels.os, "geteuid", lambda: other)
+    assert kernels._library(None).parent != built.parent
+
+
+def test_a_private_folder_is_removed_at_exit(tmp_path):
+    (tmp_path / "file").touch()
+    code = "from gristmill.models import kernels; print(kernels._folder())"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert run.stdout.startswith(str(tmp_path)), run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_torch_without_what_is_asked_goes_without_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "_state", {})
+    monkeypatch.delattr(kernels.torch.cpu, "get_capabilities")
+    assert "get_capabilities" in kernels.build()
 
 
 @torch.inference_mode()
