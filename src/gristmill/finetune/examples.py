@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of the way from conversations to ids; part of what an encoded set is known by."""
+DAY = datetime(2024, 7, 26)
+"""Now, to templates that write the date: a run that goes on another day must see the same records,
+and so must the cache. It is the day that Llama's templates write where there is no clock."""
 MANY = 10_000
 """Records whose encoding takes so long that it is said."""
 WORTH_KEEPING_S = 2.0
@@ -85,13 +91,14 @@ def encode(talks: Sequence[Conversation], tokenizer: Tokenizer, *, mask_prompt: 
     if len(talks) > MANY:
         sys.stderr.write(f"encoding {len(talks):,} records, once\n")
     started = time.monotonic()
-    pairs = [_encoded(talk, tokenizer, mask_prompt) for talk in talks]
-    examples = Examples(
-        np.array([i for ids, _ in pairs for i in ids], dtype=np.int32),
-        np.array([learned for _, mask in pairs for learned in mask], dtype=np.bool_),
-        np.cumsum([0, *(len(ids) for ids, _ in pairs)], dtype=np.int64),
-        digest,
-    )
+    # Arrays at once: a list's numbers take ten times the memory.
+    tokens, learned = [np.empty(0, np.int32)], [np.empty(0, np.bool_)]
+    for talk in talks:
+        ids, mask = _encoded(talk, tokenizer, mask_prompt)
+        tokens.append(np.array(ids, dtype=np.int32))
+        learned.append(np.array(mask, dtype=np.bool_))
+    starts = np.cumsum([len(ids) for ids in tokens], dtype=np.int64)
+    examples = Examples(np.concatenate(tokens), np.concatenate(learned), starts, digest)
     if time.monotonic() - started > WORTH_KEEPING_S:
         _write(file, examples)
     return examples
@@ -118,7 +125,9 @@ def encode_one(
     it, as chatting with the model makes them, end where the two begin to differ.
     """
     messages = talk.messages
-    more: dict[str, Any] = {"tools": talk.tools} if talk.tools else {}
+    more: dict[str, Any] = {"strftime_now": DAY.strftime}
+    if talk.tools:
+        more["tools"] = talk.tools
     whole = encode_chat(tokenizer, messages, add_generation_prompt=False, **more)
     if not mask_prompt:
         return whole, [True] * len(whole)
@@ -155,6 +164,8 @@ def _next_special(ids: list[int], start: int, tokenizer: Tokenizer) -> int:
 def _digest(talks: Sequence[Conversation], tokenizer: Tokenizer, mask_prompt: bool) -> str:
     digest = hashlib.sha256()
     words = [VERSION, tokenizer.digest, tokenizer.chat_template, mask_prompt]
+    if "strftime_now" in (tokenizer.chat_template or ""):
+        words.append(DAY.isoformat())
     digest.update(json.dumps(words).encode())
     for talk in talks:
         content = json.dumps([talk.messages, talk.tools], sort_keys=True, default=str)
@@ -171,18 +182,21 @@ def _read(file: Path, digest: str) -> Examples | None:
 
 
 def _write(file: Path, examples: Examples) -> None:
-    partial = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    try:
+    with contextlib.suppress(OSError):  # it is only for speed
         file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            partial,
-            tokens=examples.tokens,
-            learned=examples.learned,
-            starts=examples.starts,
-        )
-        os.replace(partial, file)
-    except OSError:
-        partial.unlink(missing_ok=True)  # it is only for speed
+        # Readable by nobody else, as the records may be.
+        handle, partial = tempfile.mkstemp(dir=file.parent, prefix=".", suffix=".npz")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                np.savez(
+                    stream,
+                    tokens=examples.tokens,
+                    learned=examples.learned,
+                    starts=examples.starts,
+                )
+            os.replace(partial, file)
+        finally:
+            Path(partial).unlink(missing_ok=True)
 
 
 def check_ids(examples: Examples, rows: int, tokenizer: Tokenizer) -> None:

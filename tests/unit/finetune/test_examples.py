@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from datetime import datetime
+
 import numpy as np
 import pytest
 
@@ -124,6 +127,58 @@ def test_what_took_long_is_kept(tokenizer, monkeypatch):
     assert np.array_equal(first.learned, again.learned)
     with pytest.raises(TypeError):  # other masks are another set
         encode(talks, t, mask_prompt=False)
+
+
+def test_what_is_kept_is_for_nobody_else(tokenizer, monkeypatch):
+    t = styled(tokenizer(), "default")
+    talks = [conversation({"instruction": "secret", "output": "yes"})]
+    monkeypatch.setattr(examples, "WORTH_KEEPING_S", -1.0)
+    digest = encode(talks, t, mask_prompt=True).digest
+    folder = examples.user_cache_dir() / "finetune"
+    assert (folder / f"{digest}.npz").stat().st_mode & 0o777 == 0o600
+    assert not list(folder.glob(".*"))
+
+
+def test_the_day_changes_nothing(tokenizer, monkeypatch):
+    class Clock(datetime):
+        at = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, cls.at)
+
+    monkeypatch.setattr("gristmill.tokenizer.chat.datetime", Clock)
+    t = tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    encoded = []
+    for day in (1, 2):
+        Clock.at = day
+        encoded.append(encode([Conversation(ONE)], t, mask_prompt=True))
+    assert encoded[0].digest == encoded[1].digest
+    assert np.array_equal(encoded[0].tokens, encoded[1].tokens)
+    assert "2031" not in t.decode(encoded[0].tokens.tolist(), skip_special=False)
+    before = encoded[0].digest  # another day would be another set
+    monkeypatch.setattr(examples, "DAY", datetime(2025, 1, 1))
+    assert encode([Conversation(ONE)], t, mask_prompt=True).digest != before
+    plain = tokenizer(CHATML)
+    without = encode([Conversation(ONE)], plain, mask_prompt=True).digest
+    monkeypatch.setattr(examples, "DAY", datetime(2026, 1, 1))
+    assert encode([Conversation(ONE)], plain, mask_prompt=True).digest == without
+
+
+def test_ids_take_little_memory_while_they_are_made(tokenizer, monkeypatch):
+    count, width = 100, 1000
+    monkeypatch.setattr(
+        examples, "encode_one", lambda *_, **__: (list(range(300, 300 + width)), [True] * width)
+    )
+    talks, t = [Conversation(ONE)] * count, styled(tokenizer(), "default")
+    tracemalloc.start()
+    try:
+        made = encode(talks, t, mask_prompt=True)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert made.starts.tolist() == [width * n for n in range(count + 1)]
+    assert most < 20 * count * width
 
 
 def test_a_file_of_the_cache_that_is_damaged_is_made_anew(tokenizer, monkeypatch):
