@@ -260,6 +260,15 @@ class ModelConfig:
         return tuple(on and not learned for on in self._over_blocks(self.rope_pattern))
 
     @property
+    def rotates_by_length(self) -> bool:
+        """Whether a token's rotation depends on how long its text is, not on its position alone.
+
+        What was computed of the beginning of one text is then of no use to another.
+        """
+        scaling = self.rope_scaling
+        return scaling is not None and scaling.kind in ("dynamic", "longrope")
+
+    @property
     def expert_layers(self) -> tuple[bool, ...]:
         """Whether each block has experts."""
         dense = self.num_layers if self.moe is None else self.moe.num_dense_layers

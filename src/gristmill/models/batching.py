@@ -103,9 +103,8 @@ class Batch:
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], start: int, last: int
     ) -> bool:
         """Whether the prompts from `start` to `last` are to be read together."""
-        scaling = self.model.config.rope_scaling
-        if scaling is not None and scaling.kind in ("dynamic", "longrope"):
-            return False  # the rotation of each depends on its own length
+        if self.model.config.rotates_by_length:
+            return False  # their lengths differ
         lengths = [len(ids) for ids in prompts[start : last + 1]]
         padded = max(lengths) * len(lengths)
         neighbours = rows[last] == rows[start] + last - start

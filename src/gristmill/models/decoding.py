@@ -31,7 +31,8 @@ class Context:
     """A model and the key-value cache of one sequence, with the ids that the cache holds.
 
     Reading a sequence computes only what differs from the one held, so a conversation whose next
-    turn extends the last costs the new tokens. The cache grows up to the model's context.
+    turn extends the last costs the new tokens; not so where rotations depend on the length of the
+    text. The cache grows up to the model's context.
     """
 
     def __init__(self, model: Decoder, *, autocast: torch.dtype | None = None) -> None:
@@ -64,6 +65,8 @@ class Context:
         assert 0 < len(ids) <= self.limit, f"{len(ids)} ids for a context of {self.limit}"
         self.reserve(len(ids))
         same = 0
+        if self.model.config.rotates_by_length:
+            self.ids.clear()  # keys held were turned for another length
         # The last id is always computed: its logits are the result.
         for held, wanted in zip(self.ids, ids[:-1], strict=False):
             if held != wanted:

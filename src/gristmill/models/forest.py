@@ -79,12 +79,8 @@ def forest_hidden(model: Decoder, forest: Forest, beginning: Beginning | None = 
 
 
 def can_share(config: ModelConfig) -> bool:
-    """Whether a token's values are the same in every text that begins like its own.
-
-    They are not where the rotation depends on how long a text is.
-    """
-    scaling = config.rope_scaling
-    return scaling is None or scaling.kind not in ("dynamic", "longrope")
+    """Whether a token's values are the same in every text that begins like its own."""
+    return not config.rotates_by_length
 
 
 def _visible(forest: Forest, start: int, window: int | None) -> Tensor:

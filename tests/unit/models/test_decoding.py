@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig
+from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfig, RopeScaling
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, generate_tokens
 from gristmill.models.init import init_weights
@@ -37,6 +37,16 @@ SHAPES = {
         "moe": MixtureOfExperts(num_experts=4, intermediate_size=16, num_dense_layers=1),
     },
     "learned": {"positions": "learned", "norm": "layernorm", "qk_norm": "head"},
+}
+BY_LENGTH = {
+    "dynamic": RopeScaling(kind="dynamic", factor=4.0, original_max_seq_length=8),
+    "longrope": RopeScaling(
+        kind="longrope",
+        factor=4.0,
+        original_max_seq_length=8,
+        short_factors=(1.0, 1.0, 1.0, 1.0),
+        long_factors=(1.0, 2.0, 3.0, 4.0),
+    ),
 }
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -163,6 +173,18 @@ def test_another_continuation_replaces_what_was_held(shape):
     other = [*PROMPT[:4], 20, 21, 22, 23, 24, 25, 26, 27]
     torch.testing.assert_close(context.read(other), Context(model).read(other))
     assert context.ids == other
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_keys_turned_for_another_length_are_not_used_again(kind, monkeypatch):
+    monkeypatch.setitem(SHAPES, kind, {"rope_scaling": BY_LENGTH[kind]})
+    model = tiny(kind)
+    context = Context(model)
+    context.read(PROMPT)
+    longer = [*PROMPT, 7, 8, 9, 10]
+    for ids in (longer, PROMPT):
+        torch.testing.assert_close(context.read(ids), model(torch.tensor([ids]))[:, -1])
+        assert context.ids == ids
 
 
 @pytest.mark.parametrize("shape", SHAPES)

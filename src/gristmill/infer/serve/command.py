@@ -117,7 +117,7 @@ def build_service(cfg: Serve, loaded: LoadedModel, key: str | None) -> Service:
         loaded.device,
         rows=rows,
         queue_size=cfg.queue_size,
-        holds=not _turns_with_length(loaded),
+        holds=not loaded.model.config.rotates_by_length,
     )
     return Service(
         model=name,
@@ -149,12 +149,6 @@ def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
             {"--max_length": loaded.limit if cfg.max_length > 1 else None},
         )
     return rows, cfg.max_length
-
-
-def _turns_with_length(loaded: LoadedModel) -> bool:
-    """Whether what the cache holds of a token depends on how long its text was."""
-    scaling = loaded.model.config.rope_scaling
-    return scaling is not None and scaling.kind in ("dynamic", "longrope")
 
 
 def _takes_system(loaded: LoadedModel) -> bool:
@@ -196,7 +190,9 @@ def _check(cfg: Serve) -> None:
 def _described(cfg: Serve, service: Service, url: str) -> str:
     engine, limits = service.engine, service.reader.limits
     has_chat = service.reader.chat_ids is not None
-    key = "" if service.api_key is None else f' -H "Authorization: Bearer ${KEY_VARIABLE}"'
+    # A key that was typed is in no variable, and is not printed.
+    which = f"${KEY_VARIABLE}" if cfg.api_key is None else "YOUR_KEY"
+    key = "" if service.api_key is None else f' -H "Authorization: Bearer {which}"'
     asked = (
         '"messages": [{"role": "user", "content": "Hello"}]'
         if has_chat
