@@ -110,6 +110,20 @@ def build_app(service: Service) -> ASGIApp:
     async def chats(request: Request) -> Response:
         return await answer(request, service.reader.chat)
 
+    app.add_api_route("/health", health, methods=["GET", "HEAD"])
+    app.add_api_route("/v1/models", models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
+    app.add_api_route("/v1/completions", completions, methods=["POST"])
+    app.add_api_route("/v1/chat/completions", chats, methods=["POST"])
+    _answer_errors(app)
+    return _Guard(app, service)
+
+
+def _answer_errors(app: Any) -> None:
+    """Have whatever a route raises be told in the API's JSON."""
+    from fastapi import Request
+    from fastapi.responses import JSONResponse, Response
+
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, Refused)
         return JSONResponse(error_body(error), error.status, error.headers)
@@ -118,15 +132,19 @@ def build_app(service: Service) -> ASGIApp:
         said = _no_such_path(request.method, request.url.path, error.status_code)
         return JSONResponse(error_body(said), said.status, error.headers)
 
-    app.add_api_route("/health", health, methods=["GET", "HEAD"])
-    app.add_api_route("/v1/models", models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", model, methods=["GET"])
-    app.add_api_route("/v1/completions", completions, methods=["POST"])
-    app.add_api_route("/v1/chat/completions", chats, methods=["POST"])
+    async def failed(_: Request, error: Exception) -> Response:
+        # It is raised on after this answer, and `_Guard` writes it to the log.
+        said = _failure()
+        return JSONResponse(error_body(said), said.status)
+
     app.add_exception_handler(Refused, refused)
     app.add_exception_handler(404, nowhere)
     app.add_exception_handler(405, nowhere)
-    return _Guard(app, service)
+    app.add_exception_handler(Exception, failed)
+
+
+def _failure() -> Refused:
+    return Refused("the server failed. its log says how.", status=500)
 
 
 def _no_such_path(method: str, path: str, status: int) -> Refused:
@@ -161,7 +179,7 @@ class _Guard:
         except Exception:
             note(traceback.format_exc().rstrip())
             if not account.status:
-                await _send_error(Refused("the server failed. its log says how.", status=500), send)
+                await _send_error(_failure(), send)
             account.status = 500
         finally:
             if account.ticket is not None:

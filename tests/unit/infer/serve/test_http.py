@@ -73,6 +73,20 @@ def test_mistakes_are_told(chatty, path, body, status, says):
     assert set(answer["error"]) == {"message", "type", "param", "code"}
 
 
+def test_what_nobody_foresaw_is_told_as_json(chatty, monkeypatch, capsys):
+    def broken(self, *_):
+        raise ZeroDivisionError("a secret of the house")
+
+    monkeypatch.setattr("gristmill.infer.serve.requests.Reader.check_model", broken)
+    for path, body in (("/v1/models/tiny", None), ("/v1/completions", SHORT)):
+        status, answer = chatty.ask(path, body)
+        assert status == 500
+        assert answer["error"]["type"] == "server_error"
+        assert answer["error"]["message"] == "the server failed. its log says how."
+    monkeypatch.undo()
+    assert chatty.ask("/v1/completions", SHORT)[0] == 200
+
+
 def test_context_length_has_its_code(chatty):
     error = chatty.ask("/v1/completions", {"prompt": "x" * 500})[1]["error"]
     assert error["code"] == "context_length_exceeded"
