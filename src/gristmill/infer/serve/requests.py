@@ -18,6 +18,7 @@ from gristmill.infer.serve.reply import Ask
 MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
 COMPLETION_TOKENS = 16
 """How long completions are that do not say, as in OpenAI's API."""
 
@@ -267,7 +268,10 @@ class Reader:
                 raise Refused(
                     "stream_options is an object, beside stream: true.", param="stream_options"
                 )
-            include_usage = options.pop("include_usage", False) is True
+            usage = options.pop("include_usage", None)
+            include_usage = usage is True
+            if not isinstance(usage, bool | None):
+                raise Refused("include_usage must be true or false.", param="stream_options")
             # Padding against listeners who guess from sizes; over the wire here there is none.
             if options.pop("include_obfuscation", False) or options:
                 raise Refused("stream_options knows include_usage only.", param="stream_options")
@@ -311,7 +315,9 @@ def _read_message(message: Any, number: int) -> dict[str, Any]:
     if not isinstance(content, str):
         raise Refused(f"the content of {where} must be a text.", param=f"{where}.content")
     read = {"role": _ROLES[role], "content": content}
-    if isinstance(name := left.pop("name", None), str):
+    if (name := left.pop("name", None)) is not None:
+        if not isinstance(name, str):
+            raise Refused(f"the name of {where} must be a text.", param=f"{where}.name")
         read["name"] = name
     if left:
         raise Refused(f"{where} has what is not supported: {', '.join(left)}.", param=where)
@@ -379,4 +385,12 @@ def _read_bias(bias: Any, num_ids: int) -> dict[int, float]:
             "100.",
             param="logit_bias",
         )
-    return {int(key): float(value) for key, value in bias.items()}
+    if len(bias) > MAX_BIASES:
+        raise Refused(
+            f"logit_bias has {len(bias)} entries, at most {MAX_BIASES:,} are taken.",
+            param="logit_bias",
+        )
+    read = {int(key): float(value) for key, value in bias.items()}
+    if len(read) < len(bias):  # "7" and "07", of which only one could count
+        raise Refused("logit_bias names a token id twice.", param="logit_bias")
+    return read

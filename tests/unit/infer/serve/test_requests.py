@@ -8,6 +8,7 @@ from gristmill.infer.serve.fields import Refused
 from gristmill.infer.serve.requests import Defaults, Limits, Reader, read_messages
 
 HELLO = [{"role": "user", "content": "hi"}]
+BIASES = {f"{i:0{width}}": 1 for width in range(3, 8) for i in range(260)}
 
 
 def reader(*, has_chat=True, takes_system=True, **defaults):
@@ -69,6 +70,8 @@ def chat(_defaults=None, **fields):
         ("logit_bias", {"x": 1}, "0 to 259"),
         ("logit_bias", {"²": 1}, "0 to 259"),
         ("logit_bias", [1], "must map"),
+        ("logit_bias", {"7": 1, "07": 2}, "names a token id twice"),
+        ("logit_bias", BIASES, "at most 1,024"),
         ("stop", 3, "stop must be"),
         ("stop", ["a", ""], "stop must be"),
         ("stop", ["a"] * 17, "at most 16"),
@@ -122,6 +125,9 @@ def test_what_is_wrong_with_a_completion(field, value, says):
         ({"prompt": "x"}, "unknown setting (prompt)"),
         ({"stream": True, "stream_options": {"x": 1}}, "include_usage only"),
         ({"stream": True, "stream_options": 3}, "is an object"),
+        ({"stream": True, "stream_options": {"include_usage": 1}}, "must be true or false"),
+        ({"stream": True, "stream_options": {"include_usage": "no"}}, "must be true or false"),
+        ({"messages": [{**HELLO[0], "name": 3}]}, "the name of messages[0] must be a text"),
     ],
 )
 def test_what_is_wrong_with_a_chat(fields, says):
@@ -146,6 +152,12 @@ def test_what_changes_no_reply_is_taken():
         "stream_options": {"include_usage": False, "include_obfuscation": False},
     }
     assert not chat(**nothing).include_usage
+
+
+def test_usage_is_told_when_asked_for():
+    asked = {"stream": True, "stream_options": {"include_usage": True}}
+    assert chat(**asked).include_usage
+    assert not chat(**{**asked, "stream_options": {"include_usage": None}}).include_usage
 
 
 def test_a_model_without_template_has_no_chats():
