@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from gristmill.config.use_commands import Generate
+from gristmill.formats.model_dir import open_model_dir
 from gristmill.infer.conversation import chat_ids, check_system, reply_stop_ids, require_template
 from gristmill.infer.load import (
     LoadedModel,
@@ -51,6 +52,7 @@ def generate(cfg: Generate) -> None:
     _check(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file)
     _check_fields(cfg, prompts)
+    _check_special(cfg, prompts)
     if cfg.compile is True and not _is_streamed(cfg, prompts):
         raise UserError(
             "--compile true is for a prompt whose text is shown as it is written: several at a "
@@ -95,6 +97,22 @@ def _check_fields(cfg: Generate, prompts: Sequence[Prompt]) -> None:
             )
 
 
+def _check_special(cfg: Generate, prompts: Sequence[Prompt]) -> None:
+    """Refuse special tokens in what is said in a chat: there, the template alone writes them."""
+    chats = (prompt.place for prompt in prompts if _is_chat(cfg, prompt))
+    if cfg.special_tokens and (place := next(chats, None)) is not None:
+        raise UserError(
+            f"--special_tokens true reads them in a text that is continued, and {place} is put "
+            "into the chat template, whose tokens nobody else may write. leave it out.",
+            {"--special_tokens": None},
+        )
+
+
+def _is_chat(cfg: Generate, prompt: Prompt) -> bool:
+    """Whether the prompt is a question, put into the model's chat template."""
+    return bool(prompt.messages) or cfg.chat or cfg.system is not None
+
+
 def _is_streamed(cfg: Generate, prompts: Sequence[Prompt]) -> bool:
     """Whether one text comes after the other, shown as it is written."""
     return len(prompts) == 1 and cfg.output is None and cfg.batch_size in (1, "auto")
@@ -110,9 +128,26 @@ def _destination(
     for name in ("output", "overwrite", "prompt_file", "batch_size", "device", "compile"):
         del job[name]
     job["checkpoint_dir"] = os.path.abspath(cfg.checkpoint_dir or "")
+    job["weights"] = _weights(cfg.checkpoint_dir)
     job["prompts"] = [prompt.fields for prompt in prompts]
     assert cfg.output is not None
     return ResultFile(cfg.output, job, overwrite=cfg.overwrite)
+
+
+def _weights(checkpoint_dir: str | None) -> list[tuple[str, int, int]]:
+    """The files of the weights with their sizes and times: a run has others when it has gone on.
+
+    Texts of both in one file would pass for one model's.
+    """
+    found: list[tuple[str, int, int]] = []
+    source = None if checkpoint_dir is None else open_model_dir(checkpoint_dir)
+    while source is not None:
+        tensors = source.open_tensors()
+        for file in sorted({tensors.file_of(name) for name in tensors}):
+            state = file.stat()
+            found.append((os.path.abspath(file), state.st_size, state.st_mtime_ns))
+        source = source.base
+    return found
 
 
 def _tasks(loaded: LoadedModel, cfg: Generate, prompts: Sequence[Prompt]) -> dict[Place, Task]:
@@ -124,7 +159,7 @@ def _tasks(loaded: LoadedModel, cfg: Generate, prompts: Sequence[Prompt]) -> dic
     tasks = {}
     plain_specials: set[str] = set()
     for index, prompt in enumerate(prompts):
-        as_chat = bool(prompt.messages) or cfg.chat or cfg.system is not None
+        as_chat = _is_chat(cfg, prompt)
         try:
             ids = _prompt_ids(loaded, cfg, prompt, as_chat)
             check_prompt(ids, loaded.limit)

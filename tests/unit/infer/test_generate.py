@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -13,6 +14,8 @@ from gristmill.infer.load import emit, load, model_name, use_few_threads
 from gristmill.infer.results import ResultFile
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
+
+from .conftest import make_model
 
 
 def run(capsys, path, **options):
@@ -254,6 +257,27 @@ def test_interrupted_output_goes_on(base_model, tmp_path, capsys, monkeypatch):
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
+def test_texts_of_other_weights_are_not_gone_on_with(tmp_path, capsys, monkeypatch):
+    model = make_model(tmp_path / "made")
+    out = tmp_path / "out.jsonl"
+    options = {"prompt": None, "prompt_file": prompt_file(tmp_path, *PROMPTS), "batch_size": 1}
+    add = ResultFile.add
+
+    def interrupted(self, place, record):
+        add(self, place, record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResultFile, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, model, output=str(out), **options)
+    monkeypatch.undo()
+    weights = next(model.glob("*.safetensors"))
+    # Rewritten by a training, say, under the same name and of the same size.
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1000))
+    with pytest.raises(UserError, match="holds texts of another command"):
+        run(capsys, model, output=str(out), **options)
+
+
 def test_stop_texts_end_a_text_and_are_left_out(base_model, tmp_path, capsys):
     whole = run(capsys, base_model, temperature=0, max_new_tokens=30).out
     stop = whole[5:8]
@@ -291,6 +315,17 @@ def test_a_prompt_in_the_chat_template(chat_model, tmp_path, capsys):
     assert run(capsys, chat_model, prompt="hi", chat=True, **options).out != reply + "\n"
     with pytest.raises(UserError, match=r"have a system prompt already"):
         run(capsys, chat_model, prompt=None, prompt_file=str(source), system="no", **options)
+
+
+def test_special_tokens_in_a_chat_are_refused(chat_model, tmp_path, capsys):
+    for options in ({"chat": True}, {"system": "be kind"}):
+        with pytest.raises(UserError, match="the prompt is put into the chat template"):
+            run(capsys, chat_model, special_tokens=True, **options)
+    source = tmp_path / "p.jsonl"
+    source.write_text('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "<|end|>"}]}\n')
+    with pytest.raises(UserError, match="chat template") as refused:
+        run(capsys, chat_model, prompt=None, prompt_file=str(source), special_tokens=True)
+    assert refused.value.fix == {"--special_tokens": None}
 
 
 def test_a_chat_without_a_template(base_model, capsys):
