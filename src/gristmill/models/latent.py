@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from gristmill.config.model import ModelConfig
 from gristmill.models.attention import attend
 from gristmill.models.cache import LayerCache
+from gristmill.models.kernels import FewRowsLinear
 from gristmill.models.norm import build_norm
 from gristmill.models.rope import apply_rope
 
@@ -83,8 +84,11 @@ class LatentAttention(nn.Module):
         """Whether reading the rows as they are takes fewer products than expanding them all.
 
         Expanding takes rank * (nope + values) products a row and head, and then saves
-        2 rank - nope - values for each of the queries. One query never makes up for it.
+        2 rank - nope - values for each of the queries. One query never makes up for it. But where
+        something is around kv_up (LoRA), its weight is not all that it does.
         """
+        if type(self.kv_up) not in (nn.Linear, FewRowsLinear):
+            return False
         expanded = self.nope + self.values
         return length * (2 * self.rank - expanded) <= self.rank * expanded
 

@@ -10,6 +10,7 @@ from gristmill.models.counts import kv_cache_bytes, parameter_shapes
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context
 from gristmill.models.init import init_weights
+from gristmill.models.kernels import FewRowsLinear
 from gristmill.models.latent import LatentAttention
 from gristmill.models.rope import apply_rope, rope_tables
 
@@ -135,6 +136,43 @@ def test_a_new_token_never_expands_what_is_cached(config):
         step(20)
     always = config.latent_attention.kv_lora_rank == 6
     assert expanded == ([10] if always else [10, 35])
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer with low-rank matrices besides, and its weight as LoRA layers show it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+        self.down = torch.nn.Linear(layer.in_features, 2, bias=False, dtype=torch.float64)
+        self.up = torch.nn.Linear(2, layer.out_features, bias=False, dtype=torch.float64)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_adapters_of_the_expanding_matrix_count_in_steps_too(config):
+    model = build(config, torch.float64)
+    plain = model(tokens())
+    for block in model.layers:
+        block.attn.kv_up = Adapted(block.attn.kv_up)
+    with torch.no_grad():
+        expected = model(tokens())
+        cache = KVCache(config, 2, 40, dtype=torch.float64)
+        parts = [model(part, cache=cache) for part in tokens().split([20, 1, 3, 1, 15], dim=1)]
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_with_kernels_are_absorbed_like_others():
+    attn = build(NARROW).layers[0].attn
+    assert attn._absorbs(1)
+    attn.kv_up.__class__ = FewRowsLinear
+    assert attn._absorbs(1)
 
 
 def test_what_a_conversation_rereads_and_how_its_cache_grows():
