@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import itertools
 import json
 import os
-from collections.abc import Mapping
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +50,7 @@ class Results:
         whole["config"] = {**whole.get("config", {}), **subject.describe()}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room()
-            if samples:
-                folder = self.path.with_suffix(SAMPLES)
-                folder.mkdir()
-                for task, documents in samples.items():
-                    text = "".join(_line(document) for document in documents)
-                    (folder / f"{task.replace('/', '_')}.jsonl").write_text(text, encoding="utf-8")
-            partial = self.path.with_name(f".{self.path.name}.partial")
-            partial.write_text(harness.to_json(whole) + "\n", encoding="utf-8")
-            partial.replace(self.path)
+            self._write(harness.to_json(whole) + "\n", samples)
         except OSError as error:
             raise RunError(
                 f"the results could not be kept in {self.path} ({error.strerror}). They are in the "
@@ -62,17 +58,72 @@ class Results:
             ) from None
         return f"{_summary(whole)} ({self.path})"
 
+    def _write(self, text: str, samples: Mapping[str, Any]) -> None:
+        """Both under names that nobody else has, and then in their places."""
+        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}.partial")
+        folder = partial.with_suffix(SAMPLES)
+        try:
+            partial.write_text(text, encoding="utf-8")
+            if samples:
+                folder.mkdir()
+            for task, documents in samples.items():
+                lines = "".join(_line(document) for document in documents)
+                (folder / f"{task.replace('/', '_')}.jsonl").write_text(lines, encoding="utf-8")
+            with _alone(self.path.parent):
+                self._place(partial)
+                if samples:
+                    folder.rename(self.path.with_suffix(SAMPLES))
+        finally:
+            partial.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _place(self, partial: Path) -> None:
+        """The new results in place of older ones, which are moved aside.
+
+        A link never replaces a file, as a move does: where no lock keeps other evaluations away,
+        the results of one that was faster are older ones too.
+        """
+        while True:
+            self._make_room()
+            try:
+                os.link(partial, self.path)
+                return
+            except FileExistsError:
+                continue
+            except OSError:  # a file system without links
+                partial.rename(self.path)
+                return
+
     def _make_room(self) -> None:
         """Move older results aside, with the first number that is free."""
-        pair = [self.path, self.path.with_suffix(SAMPLES)]
-        if not any(path.exists() for path in pair):
+        samples = self.path.with_suffix(SAMPLES)
+        if not (os.path.lexists(self.path) or os.path.lexists(samples)):
             return
-        number = 1
-        while any(_numbered(path, number).exists() for path in pair):
-            number += 1
-        for path in pair:
-            if path.exists():
-                path.rename(_numbered(path, number))
+        for number in itertools.count(1):
+            numbered = _numbered(self.path, number)
+            if os.path.lexists(_numbered(samples, number)):
+                continue
+            with contextlib.suppress(FileExistsError):
+                numbered.open("x").close()  # the number is taken
+                break
+        try:
+            self.path.replace(numbered)
+        except FileNotFoundError:
+            numbered.unlink()
+        with contextlib.suppress(FileNotFoundError):  # there may have been none
+            samples.rename(_numbered(samples, number))
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait for other evaluations that put results there: file and samples belong together."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some file systems of networks lock no folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _path(cfg: Evaluate, model: Path) -> Path:

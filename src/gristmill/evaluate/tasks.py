@@ -6,11 +6,13 @@ seconds and minutes. Here it is given the folders of the tasks that are asked fo
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +48,21 @@ def known() -> dict[str, Entry]:
         pass  # none yet, or a damaged one
     print("Reading all task files, once for this lm-evaluation-harness …", file=sys.stderr)
     found = harness.entries(None)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        partial = cache.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({"home": home, "tasks": found}), encoding="utf-8")
-        partial.replace(cache)
-    except OSError:
-        pass  # the next call reads the package's files again
+    _keep(cache, json.dumps({"home": home, "tasks": found}))
     return found
+
+
+def _keep(cache: Path, text: str) -> None:
+    """Write the list, whole or not at all, whoever else does so at once."""
+    with contextlib.suppress(OSError):  # the next call reads the package's files again
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=cache.parent, prefix=".")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text)
+            os.replace(partial, cache)
+        finally:
+            Path(partial).unlink(missing_ok=True)
 
 
 def choose(asked: Sequence[str], include_path: Sequence[str]) -> Chosen:

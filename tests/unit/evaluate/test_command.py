@@ -232,6 +232,17 @@ def test_the_list_is_read_once(monkeypatch, tmp_path, capsys):
     assert len(calls) == 2
 
 
+def test_a_list_that_cannot_be_kept_leaves_nothing(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(harness, "entries", lambda folders: {"a": Entry(None, [])})
+    monkeypatch.setattr("os.replace", full)
+    assert tasks.names() == ["a"]
+    assert not list((tmp_path / "gristmill/evaluate").iterdir())
+
+
 def test_folders_of_a_group_are_those_of_its_parts(monkeypatch, tmp_path):
     listed = {
         "all": Entry("/p/all/all.yaml", ["tag", "c"]),
