@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 """Of the way from conversations to ids; part of what an encoded set is known by."""
-DAY = datetime(2024, 7, 26)
+DAY = (2024, 7, 26)
 """Now, to templates that write the date: a run that goes on another day must see the same records,
 and so must the cache. It is the day that Llama's templates write where there is no clock."""
 MANY = 10_000
@@ -125,7 +125,7 @@ def encode_one(
     it, as chatting with the model makes them, end where the two begin to differ.
     """
     messages = talk.messages
-    more: dict[str, Any] = {"strftime_now": DAY.strftime}
+    more: dict[str, Any] = {"strftime_now": datetime(*DAY).strftime}
     if talk.tools:
         more["tools"] = talk.tools
     whole = encode_chat(tokenizer, messages, add_generation_prompt=False, **more)
@@ -165,7 +165,7 @@ def _digest(talks: Sequence[Conversation], tokenizer: Tokenizer, mask_prompt: bo
     digest = hashlib.sha256()
     words = [VERSION, tokenizer.digest, tokenizer.chat_template, mask_prompt]
     if "strftime_now" in (tokenizer.chat_template or ""):
-        words.append(DAY.isoformat())
+        words.append(datetime(*DAY).isoformat())
     digest.update(json.dumps(words).encode())
     for talk in talks:
         content = json.dumps([talk.messages, talk.tools], sort_keys=True, default=str)

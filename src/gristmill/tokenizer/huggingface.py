@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,6 @@ from gristmill.tokenizer.long_text import (
     without_surrogates,
 )
 from gristmill.util.errors import UserError
-
-_MAKING = threading.Lock()
-"""Held while a second library object is made; not an attribute, because locks cannot be pickled."""
 
 
 class HuggingFaceBackend:
@@ -109,11 +105,10 @@ class HuggingFaceBackend:
     def _reading_special(self) -> Library:
         """The library object that reads special tokens; few processes need one."""
         if self._reading is None:
-            with _MAKING:
-                if self._reading is None:
-                    made = Library.from_str(self.library.to_str())
-                    made.encode_special_tokens = False
-                    self._reading = made
+            # Two threads may both make one; each is whole before anybody sees it.
+            made = Library.from_str(self.library.to_str())
+            made.encode_special_tokens = False
+            self._reading = made
         return self._reading
 
     def __getstate__(self) -> dict[str, Any]:

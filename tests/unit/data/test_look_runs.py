@@ -102,6 +102,7 @@ def sources_of(page):
     return re.findall(r"^row \d+: sample [\d,]+ · (\w+) · chunk-", page, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_mixture_with_a_stage_over_a_resume(corpora, trained, inspected, tmp_path, monkeypatch):
     out, data = tmp_path / "run", (*mixed(corpora), *STAGE)
     source = "def hook(run, stats):\n    if run.state.step == 8: raise OSError('the power went')\n"

@@ -122,7 +122,8 @@ def faults(small_units):
         yield Faults(patch)
 
 
-@pytest.mark.parametrize("every", [11, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [11, 3])
 def test_lost_connections_at_any_change(every, novels, expected, bucket, run_prepare, faults):
     out = f"{bucket}/out"
     faults.at(None)

@@ -157,11 +157,11 @@ def test_the_day_changes_nothing(tokenizer, monkeypatch):
     assert np.array_equal(encoded[0].tokens, encoded[1].tokens)
     assert "2031" not in t.decode(encoded[0].tokens.tolist(), skip_special=False)
     before = encoded[0].digest  # another day would be another set
-    monkeypatch.setattr(examples, "DAY", datetime(2025, 1, 1))
+    monkeypatch.setattr(examples, "DAY", (2025, 1, 1))
     assert encode([Conversation(ONE)], t, mask_prompt=True).digest != before
     plain = tokenizer(CHATML)
     without = encode([Conversation(ONE)], plain, mask_prompt=True).digest
-    monkeypatch.setattr(examples, "DAY", datetime(2026, 1, 1))
+    monkeypatch.setattr(examples, "DAY", (2026, 1, 1))
     assert encode([Conversation(ONE)], plain, mask_prompt=True).digest == without
 
 

@@ -124,6 +124,7 @@ def test_experts(tmp_path, name, row):
     assert all(torch.equal(parameters[n], v) for n, v in weights.items())
 
 
+@pytest.mark.slow
 def test_named_models_can_be_written_or_say_why_not():
     told = []
     for name, model in zoo.models().items():

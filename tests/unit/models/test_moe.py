@@ -209,9 +209,8 @@ def test_few_tokens_do_not_copy_all_experts(monkeypatch):
     assert dtypes[6:] == [torch.bfloat16] * 3
 
 
-@pytest.mark.parametrize(
-    "precision", [pytest.param("32-true", marks=pytest.mark.slow), "bf16-mixed"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_compiled_equals_eager(precision):
     layer = build(num_shared_experts=1, balance_loss=0.01, num_experts_per_token=3)
     x, autocast = tokens(2, 200, HIDDEN), precision == "bf16-mixed"

@@ -106,7 +106,9 @@ def test_compiled_gradients_agree(how):
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
+)
 def test_less_is_kept_as_the_planner_says(precision):
     kept = {how: kept_bytes(build(DENSE, how), precision) for how in ("none", "selective", "full")}
     assert kept["full"] < 0.2 * kept["none"]
