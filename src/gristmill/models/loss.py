@@ -75,7 +75,8 @@ def linear_cross_entropy(
     token_rows = weight.shape[0] if num_token_ids is None else num_token_ids
     how = _How(softcap, z_loss, token_rows, dtype, compiled, shard)
     inner, b = low_rank or (None, None)
-    rows = _counted_rows(targets) if device == "cpu" else None
+    # A tensor that is only traced has no numbers to count.
+    rows = _counted_rows(targets) if device == "cpu" and type(targets) is Tensor else None
     if rows is not None:
         hidden, targets = hidden[rows], targets[rows]
         inner = None if inner is None else inner[rows]
