@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,3 +67,11 @@ def no_network() -> Iterator[None]:
     socket.socket.connect = local_only
     yield
     socket.socket.connect = connect
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(request: pytest.FixtureRequest) -> None:
+    """Slow tests that compile count no recompilations of those before them in this process."""
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is not None and request.node.get_closest_marker("slow"):
+        compiler.reset()
