@@ -29,7 +29,7 @@ from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.chat import encode_chat
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
-from gristmill.train.job import Job, check_disk, learning_rates, micro_batch
+from gristmill.train.job import Job, check_disk, check_seq_len, learning_rates, micro_batch
 from gristmill.train.length import Length, plan_length
 from gristmill.train.method import Method
 from gristmill.train.settle import check_settings, is_exportable
@@ -182,17 +182,7 @@ def _seq_len(cfg: Finetune, model: ModelConfig, text: _Text, earlier: Length | N
             return earlier.seq_len
         wanted = -(-max(1, text.longest - 1) // EXAMPLE_WIDTH) * EXAMPLE_WIDTH
         return min(model.max_seq_length, wanted)
-    if typed < 1:
-        raise UserError(
-            f"--train.max_seq_length {typed} is not a positive whole number.",
-            {"--train.max_seq_length": model.max_seq_length},
-        )
-    if typed > model.max_seq_length:
-        raise UserError(
-            f"max_seq_length={typed} is above the context of {model.name} "
-            f"({model.max_seq_length} tokens). Use at most that.",
-            {"--train.max_seq_length": model.max_seq_length},
-        )
+    check_seq_len(typed, model)
     return typed
 
 

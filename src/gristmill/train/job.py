@@ -123,6 +123,21 @@ def learning_rates(cfg: Training) -> tuple[float, float]:
     return lr, cfg.train.min_lr
 
 
+def check_seq_len(typed: int, model: ModelConfig) -> None:
+    """Raise UserError for a number of tokens that no sample of this model can have."""
+    if typed < 1:
+        raise UserError(
+            f"--train.max_seq_length {typed} is not a positive whole number.",
+            {"--train.max_seq_length": model.max_seq_length},
+        )
+    if typed > model.max_seq_length:
+        raise UserError(
+            f"max_seq_length={typed} is above the context of {model.name} "
+            f"({model.max_seq_length} tokens). Use at most that.",
+            {"--train.max_seq_length": model.max_seq_length},
+        )
+
+
 def micro_batch(
     cfg: Training,
     model: ModelConfig,

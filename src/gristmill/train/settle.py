@@ -32,7 +32,7 @@ from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.track.tracker import check_settings as check_trackers
 from gristmill.train import directory
-from gristmill.train.job import Job, check_disk, learning_rates, micro_batch
+from gristmill.train.job import Job, check_disk, check_seq_len, learning_rates, micro_batch
 from gristmill.train.length import Length, plan_length, seconds
 from gristmill.train.memory import check_recompute
 from gristmill.train.ranges import check_ranges
@@ -347,17 +347,7 @@ def _seq_len(cfg: Pretrain, model: ModelConfig, data: Corpus, earlier: Length | 
     typed = cfg.train.max_seq_length
     if typed == "auto":
         return earlier.seq_len if earlier else max(1, min(model.max_seq_length, longest))
-    if typed < 1:
-        raise UserError(
-            f"--train.max_seq_length {typed} is not a positive whole number.",
-            {"--train.max_seq_length": model.max_seq_length},
-        )
-    if typed > model.max_seq_length:
-        raise UserError(
-            f"max_seq_length={typed} is above the context of {model.name} "
-            f"({model.max_seq_length} tokens). Use at most that.",
-            {"--train.max_seq_length": model.max_seq_length},
-        )
+    check_seq_len(typed, model)
     if typed > longest:
         raise UserError(
             f"max_seq_length={typed} is longer than the text allows: its longest stretch has "
