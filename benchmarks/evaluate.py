@@ -75,7 +75,7 @@ def work(args: argparse.Namespace) -> None:
 
     sets = requests(args.evals, args.limit)
     if args.role == "ours":
-        from gristmill.evaluate.subject import Subject
+        from gristmill.measure.subject import Subject
 
         subjects: dict[str, Any] = {}
 

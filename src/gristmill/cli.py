@@ -146,10 +146,10 @@ COMMANDS = {
     ),
     "evaluate": Command(
         "gristmill.config.evaluate:Evaluate",
-        "gristmill.evaluate.command:evaluate",
+        "gristmill.measure.command:evaluate",
         "measure a model on tasks of lm-evaluation-harness",
         ("checkpoint_dir",),
-        "gristmill.evaluate.tasks:names",
+        "gristmill.measure.tasks:names",
     ),
     "serve": Command(
         "gristmill.config.serve:Serve",

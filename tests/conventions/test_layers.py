@@ -9,7 +9,7 @@ ROWS = [
     {"models", "data"},
     {"parallel", "checkpoint", "optim", "formats", "track"},
     {"train", "infer", "plan"},
-    {"finetune", "evaluate"},
+    {"finetune", "measure"},
     {"launch"},
     {"quickstart", "api", "cli", "__main__"},
 ]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from gristmill.evaluate.copy import copy_model
+from gristmill.measure.copy import copy_model
 from gristmill.formats.model_dir import load_model, open_model_dir
 from gristmill.util.errors import UserError
 

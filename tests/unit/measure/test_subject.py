@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gristmill.evaluate.subject import Subject
+from gristmill.measure.subject import Subject
 from gristmill.util.errors import UserError
 
 from .models import write_model

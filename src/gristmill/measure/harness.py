@@ -22,7 +22,7 @@ from gristmill.config.evaluate import Evaluate
 from gristmill.util.errors import RunError, UserError
 
 if TYPE_CHECKING:  # it imports torch, which a list of tasks need not wait for
-    from gristmill.evaluate.subject import Subject
+    from gristmill.measure.subject import Subject
 
 PACKAGE = "lm_eval"
 OFFLINE = (

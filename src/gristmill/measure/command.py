@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 
 from gristmill.config.evaluate import Evaluate
-from gristmill.evaluate import harness, tasks
-from gristmill.evaluate.copy import copy_model
-from gristmill.evaluate.results import Results
-from gristmill.evaluate.subject import Subject
+from gristmill.measure import harness, tasks
+from gristmill.measure.copy import copy_model
+from gristmill.measure.results import Results
+from gristmill.measure.subject import Subject
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
 from gristmill.infer.load import memory, note

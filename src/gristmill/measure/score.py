@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.evaluate.rows import Group, Ids, Row, batches, plan
+from gristmill.measure.rows import Group, Ids, Row, batches, plan
 from gristmill.infer.load import LoadedModel
 from gristmill.models.forest import Beginning, Forest, can_share, forest_hidden
 from gristmill.util.errors import RunError, UserError

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gristmill.config.use_commands import Sampling
-from gristmill.evaluate.encode import Encoder
+from gristmill.measure.encode import Encoder
 from gristmill.infer.load import LoadedModel
 from gristmill.infer.many import Ending, Task, choose_rows, write_texts
 from gristmill.util.errors import UserError

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gristmill.evaluate import rows, score
-from gristmill.evaluate.score import Query, Scorer
+from gristmill.measure import rows, score
+from gristmill.measure.score import Query, Scorer
 from gristmill.util.errors import RunError, UserError
 
 from .models import SHAPES, loaded, tiny

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gristmill.evaluate.rows import ROW_TOKENS, batches, plan
+from gristmill.measure.rows import ROW_TOKENS, batches, plan
 
 
 def texts_of(lists):

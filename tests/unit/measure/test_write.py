@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gristmill.evaluate.write import Prompt, Writer
+from gristmill.measure.write import Prompt, Writer
 from gristmill.infer.load import load
 from gristmill.util.errors import UserError
 

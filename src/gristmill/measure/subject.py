@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gristmill.evaluate.encode import Encoder
-from gristmill.evaluate.score import Answer, Query, Scorer
-from gristmill.evaluate.write import Prompt, Writer
+from gristmill.measure.encode import Encoder
+from gristmill.measure.score import Answer, Query, Scorer
+from gristmill.measure.write import Prompt, Writer
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.infer.load import LoadedModel, load, note, use_few_threads
 from gristmill.tokenizer import chat

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from gristmill.config.evaluate import Evaluate
-from gristmill.evaluate.results import Results
+from gristmill.measure.results import Results
 
 COUNT = 12
 

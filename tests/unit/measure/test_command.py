@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gristmill.cli import main
-from gristmill.evaluate import harness, tasks
-from gristmill.evaluate.harness import Entry
+from gristmill.measure import harness, tasks
+from gristmill.measure.harness import Entry
 from gristmill.formats.model_dir import load_model
 
 from .models import write_model
@@ -176,14 +176,14 @@ def test_a_model_for_chats_is_asked_in_its_template(measure, model, other_model,
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_read(measure, monkeypatch, options, message):
-    monkeypatch.setattr("gristmill.evaluate.subject.load", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_: pytest.fail("was read"))
     code, _, err = measure(*options)
     assert code == 2
     assert message in err
 
 
 def test_a_place_that_cannot_be_written(measure, monkeypatch, tmp_path):
-    monkeypatch.setattr("gristmill.evaluate.subject.load", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_: pytest.fail("was read"))
     code, _, err = measure("--save_filepath", tmp_path)
     assert code == 2
     assert f"--save_filepath {tmp_path / 'results.json'}" in err

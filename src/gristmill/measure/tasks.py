@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gristmill.evaluate import harness
-from gristmill.evaluate.harness import Entry
+from gristmill.measure import harness
+from gristmill.measure.harness import Entry
 from gristmill.util.errors import UserError
 from gristmill.util.paths import user_cache_dir
 

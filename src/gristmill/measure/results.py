@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.config.evaluate import Evaluate
-from gristmill.evaluate import harness
-from gristmill.evaluate.subject import Subject
+from gristmill.measure import harness
+from gristmill.measure.subject import Subject
 from gristmill.formats.source import ModelDir
 from gristmill.util.errors import RunError, UserError
 
