@@ -70,6 +70,9 @@ class TrainArgs(StepArgs):
     """Samples: text cut every max_seq_length tokens, or rows of whole documents and padding."""
     batch_order: Literal["locality", "spread"] = "locality"
     """Which rows of a batch a device reads: those of neighbouring chunks, or a random share."""
+    bias_update_speed: float | None = None
+    """How far the bias of each expert's choice moves towards even loads at every step, in models
+    that have one (DeepSeek-V3, arXiv:2408.15664); unset: 0.001."""
     tie_embeddings: bool | None = None
     """Share input embedding and output head; unset: as the model defines it."""
 

@@ -29,7 +29,7 @@ from gristmill.models.latent import LatentAttention
 from gristmill.models.loss import IGNORE, VocabularyShard, linear_cross_entropy
 from gristmill.models.masks import attention_mask, lengths_within, mask_between, positions_within
 from gristmill.models.mlp import build_mlp
-from gristmill.models.moe import MixtureOfExperts
+from gristmill.models.moe import Load, MixtureOfExperts, count_visits
 from gristmill.models.norm import build_norm
 from gristmill.models.prompt import Prompt
 from gristmill.models.rope import rope_tables
@@ -70,8 +70,8 @@ class Block(nn.Module):
         sin: Tensor | None,
         mask: Any = None,
         cache: LayerCache | LayerRows | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream x [B, T, d] after this block, and how uneven its experts' load is."""
+    ) -> tuple[Tensor, Load | None]:
+        """The residual stream x [B, T, d] after this block, and in training its experts' load."""
         if isinstance(cache, LayerRows) and cache.direct and self.is_plain:
             y = self._decode(x, None if cos is None or sin is None else (cos, sin), cache)
             if y is not None:
@@ -79,11 +79,11 @@ class Block(nn.Module):
         normed = self.attn_norm(x)
         attended = self.attn_post_norm(self.attn(normed, cos, sin, mask, cache))
         if self.parallel:
-            out, balance = self.feed_forward(normed if self.shared_norm else self.mlp_norm(x))
-            return x + (attended + out), balance
+            out, load = self.feed_forward(normed if self.shared_norm else self.mlp_norm(x))
+            return x + (attended + out), load
         x = x + attended
-        out, balance = self.feed_forward(self.mlp_norm(x))
-        return x + self.mlp_post_norm(out), balance
+        out, load = self.feed_forward(self.mlp_norm(x))
+        return x + self.mlp_post_norm(out), load
 
     def _decode(
         self, x: Tensor, tables: tuple[Tensor, Tensor] | None, cache: LayerRows
@@ -103,8 +103,8 @@ class Block(nn.Module):
             softcap=attn.softcap,
         )
 
-    def feed_forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Each token of x [B, T, d] on its own, [B, T, d], and the load-balancing loss, if any."""
+    def feed_forward(self, x: Tensor) -> tuple[Tensor, Load | None]:
+        """Each token of x [B, T, d] on its own, [B, T, d], and the load of experts, if any."""
         return self.mlp(x) if self.has_experts else (self.mlp(x), None)
 
 
@@ -148,6 +148,9 @@ class Decoder(nn.Module):
         added to the logits. For who trains an adapter of the head to set."""
         self.sequence: SequenceShard | None = None
         """Which positions this process computes when it is given targets; unset: all."""
+        self.visits: Tensor | None = None
+        """Where experts have a selection bias: how many of the tokens with a target have visited
+        each in the last forward pass in training, int64 [layers with experts, E]."""
         # Without torch's own initial values: they are replaced anyway, and making them on the meta
         # device imports the compiler (0.8 s).
         table = torch.empty(config.vocab_size, config.hidden_size)
@@ -209,9 +212,9 @@ class Decoder(nn.Module):
         if self.sequence is not None and targets is not None:
             own = self.sequence.positions(tokens.shape[1], tokens.device)
             targets = targets[:, own]
-            hidden, balance = self._run_shared(tokens, positions, documents, self.sequence)
+            hidden, loads = self._run_shared(tokens, positions, documents, self.sequence)
         else:
-            hidden, balance = self._run(tokens, positions, documents, cache)
+            hidden, loads = self._run(tokens, positions, documents, cache)
         if targets is not None:
             weight, bias = self.own_head
             loss = linear_cross_entropy(
@@ -226,12 +229,25 @@ class Decoder(nn.Module):
                 shard=self.vocabulary,
                 low_rank=self._low_rank(hidden.flatten(0, 1)),
             )
-            if balance is None or config.moe is None:
-                return loss
-            return loss + config.moe.balance_loss * balance * (targets != IGNORE).sum()
+            return self._balanced(loss, loads, targets != IGNORE) if loads else loss
         if num_logits is not None:
             hidden = hidden[:, hidden.shape[1] - num_logits :]
         return self.logits(hidden)
+
+    def _balanced(self, loss: Tensor, loads: Sequence[Load], counted: Tensor) -> Tensor:
+        """The loss of the `counted` tokens with that of how uneven the load of experts is.
+
+        Their visits are left in `visits`.
+        """
+        moe = self.config.moe
+        assert moe is not None
+        chosen = [load.experts for load in loads if load.experts is not None]
+        if chosen:
+            self.visits = count_visits(chosen, counted, moe.num_experts)
+        losses = [load.balance for load in loads if load.balance is not None]
+        if not losses:
+            return loss
+        return loss + moe.balance_loss * torch.stack(losses).mean() * counted.sum()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., token_ids] of the normalised residual stream [..., d]."""
@@ -274,8 +290,8 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         documents: Tensor | None,
         cache: KVCache | RowsCache | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The normalised residual stream, and the mean of the blocks' load-balancing losses."""
+    ) -> tuple[Tensor, list[Load]]:
+        """The normalised residual stream, and in training the load of each layer of experts."""
         assert cache is None or documents is None, "a cache is for one text a row"
         if isinstance(cache, RowsCache):
             return self._run_rows(tokens, cache)
@@ -299,7 +315,7 @@ class Decoder(nn.Module):
             cache.length += length
         return out
 
-    def _run_rows(self, tokens: Tensor, cache: RowsCache) -> tuple[Tensor, Tensor | None]:
+    def _run_rows(self, tokens: Tensor, cache: RowsCache) -> tuple[Tensor, list[Load]]:
         """The same of one more token for each of several sequences of different lengths."""
         positions = cache.positions.unsqueeze(1)
         tables = self._tables(positions, positions + 1)
@@ -313,7 +329,7 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         documents: Tensor | None,
         shard: SequenceShard,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, list[Load]]:
         """The same for this process's positions of rows that several share, [B, T / ranks, d]."""
         length, device = tokens.shape[1], tokens.device
         own, keys = shard.positions(length, device), shard.key_positions(length, device)
@@ -336,16 +352,16 @@ class Decoder(nn.Module):
         tables: dict[bool, tuple[Tensor, Tensor]],
         masks: dict[int | None, Any],
         caches: Sequence[Any] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x after all blocks and the last norm, and how uneven the load of their experts is."""
-        losses = []
+    ) -> tuple[Tensor, list[Load]]:
+        """x after all blocks and the last norm, and in training the load of their experts."""
+        loads = []
         for index, block in enumerate(self.layers):
             cos, sin = tables[block.window is not None] if block.rotates else (None, None)
             cache = None if caches is None else caches[index]
-            x, balance = block(x, cos, sin, masks[block.window], cache)
-            if balance is not None:
-                losses.append(balance)
-        return self.norm(x), torch.stack(losses).mean() if losses else None
+            x, load = block(x, cos, sin, masks[block.window], cache)
+            if load is not None:
+                loads.append(load)
+        return self.norm(x), loads
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream before the first block, [B, T, d]."""

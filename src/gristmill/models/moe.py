@@ -11,7 +11,7 @@ rows is known beforehand, only the borders between experts are not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,15 @@ class Rows(NamedTuple):
     """How many tokens visit each expert, int64 [E]."""
 
 
+class Load(NamedTuple):
+    """Where a layer's tokens went, in training; what nobody uses is None."""
+
+    balance: Tensor | None
+    """The load-balancing loss, a float32 scalar without its weight: see `balance_loss`."""
+    experts: Tensor | None
+    """The experts of each token, int64 [B, T, k], where a bias follows from them."""
+
+
 class MixtureOfExperts(nn.Module):
     """Router and gated experts (arXiv:2101.03961), with shared ones (arXiv:2401.06066) or without.
 
@@ -69,21 +78,22 @@ class MixtureOfExperts(nn.Module):
             width = config.moe.num_shared_experts * config.moe.intermediate_size
             self.shared = Gated(config, width)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What its experts make of each token of x [B, T, d], and the load-balancing loss.
-
-        The loss, a float32 scalar without its weight, is there in training with a balance_loss
-        above 0, else None: see `balance_loss`.
-        """
+    def forward(self, x: Tensor) -> tuple[Tensor, Load | None]:
+        """What its experts make of each token of x [B, T, d], and in training their load."""
         tokens = x.flatten(0, 1)
         choice = self.choose(tokens)
         rows = sort_by_expert(choice.experts, self.moe.num_experts, self._group_multiple(choice))
         y = self.experts(tokens, choice, rows).view(x.shape)
         if self.moe.num_shared_experts:
             y = y + self.shared(x)
-        if not self.training or self.moe.balance_loss <= 0:
+        if not self.training:
             return y, None
-        return y, balance_loss(choice.probabilities, rows.visits)
+        balance = experts = None
+        if self.moe.balance_loss > 0:
+            balance = balance_loss(choice.probabilities, rows.visits)
+        if self.moe.selection_bias:
+            experts = choice.experts.view(*x.shape[:-1], -1)
+        return y, Load(balance, experts)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MixtureOfExperts:
         """What `to`, `bfloat16` and the like go through: the bias of the choice stays in fp32.
@@ -158,6 +168,30 @@ def balance_loss(probabilities: Tensor, visits: Tensor) -> Tensor:
     """
     share = visits.float() / probabilities.shape[0]
     return probabilities.shape[1] * (share * probabilities.mean(0)).sum()
+
+
+def count_visits(experts: Sequence[Tensor], counted: Tensor, num_experts: int) -> Tensor:
+    """How many of the tokens where `counted` (bool [B, T]) is true visit each expert.
+
+    Of each layer, whose choice is int64 [B, T, k]: int64 [layers, E].
+    """
+    chosen = torch.stack(list(experts)).flatten(1)
+    ones = counted.long().unsqueeze(-1).expand_as(experts[0]).flatten().expand_as(chosen)
+    return chosen.new_zeros(len(experts), num_experts).scatter_add_(1, chosen, ones)
+
+
+@torch.no_grad()
+def move_biases(model: nn.Module, visits: Tensor, step: Tensor) -> None:
+    """Move the selection biases of a model, in place, by `step` towards even loads.
+
+    Up where an expert was visited less than the mean of its layer, down where more; `visits` are
+    those of a whole batch, int64 [layers, E] (arXiv:2408.15664, algorithm 1; arXiv:2412.19437,
+    section 2.1.2).
+    """
+    lacking = visits.sum(-1, keepdim=True) - visits.shape[-1] * visits
+    layers = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    for layer, sign in zip(layers, lacking.sign(), strict=True):
+        layer.selection_bias += step * sign
 
 
 def sort_by_expert(experts: Tensor, num_experts: int, multiple: int = 1) -> Rows:

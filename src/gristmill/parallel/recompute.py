@@ -63,7 +63,7 @@ def _forgetful(forward: Any, *, selective: bool, draws: bool) -> Any:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
 
     @functools.wraps(forward)
-    def forgetful(*inputs: Any) -> tuple[Tensor, Tensor | None]:
+    def forgetful(*inputs: Any) -> tuple[Tensor, Any]:
         if not torch.is_grad_enabled():
             return forward(*inputs)
         return checkpoint(forward, *inputs, **options)

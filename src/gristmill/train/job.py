@@ -100,6 +100,8 @@ class Job:
     """The ids that ask the model for an answer to a text; None: the text's own."""
     stop_ids: frozenset[int] | None = None
     """Ids that end an answer; None: the tokenizer's."""
+    bias_update_speed: float = 0.0
+    """How far the selection biases of experts move at every step; 0: they stay."""
     about: dict[str, str] = field(default_factory=dict)
     """Lines for the beginning of a run, in the place of those of the same name."""
 

@@ -15,6 +15,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "train.log_interval": (1, math.inf),
     "train.max_bad_steps": (1, math.inf),
     "train.keep_every": (1, math.inf),
+    "train.bias_update_speed": (0.0, math.inf),
     "train.spike_window": (2, 100_000),
     "train.spike_deviations": (1e-6, math.inf),
     "eval.max_iters": (1, math.inf),

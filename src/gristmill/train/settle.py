@@ -41,6 +41,9 @@ from gristmill.util.errors import UserError
 from gristmill.util.named import load_named
 from gristmill.util.paths import resolve_model_dir
 
+BIAS_UPDATE_SPEED = 0.001
+"""Of DeepSeek-V3 for most of its training (arXiv:2412.19437, section 4.2)."""
+
 
 def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     """The job that these settings mean; `prepare_with` prepares raw text, unset: this machine.
@@ -65,8 +68,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     model = _with_vocabulary(model, train_set, tokenizer_dir)
     exportable = is_exportable(model, refuse=not cfg.allow_unexportable)
     wanted = _identity(cfg, model, train_set, precision)
-    name = f"{model.name.lower()}-{_data_name(cfg.data, train_set)}"
-    out_dir, record = directory.find(cfg, wanted, name)
+    out_dir, record = directory.find(cfg, wanted, _run_name(model, cfg.data, train_set))
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, train_set, earlier)
     train = training_stream(cfg.train, train_set, seq_len=seq_len, seed=datasets.seed)
@@ -99,6 +101,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
         exportable=exportable,
         start_dir=_start_dir(cfg),
         tokenizer_files=_tokenizer_files(cfg, train_set, tokenizer_dir),
+        bias_update_speed=_bias_update_speed(cfg, model),
     )
     check_disk(job)
     return job
@@ -252,6 +255,20 @@ def _model(cfg: Pretrain) -> ModelConfig:
     return model
 
 
+def _bias_update_speed(cfg: Pretrain, model: ModelConfig) -> float:
+    """How far selection biases move at a step. UserError where they are asked for and not there."""
+    typed = cfg.train.bias_update_speed
+    if model.moe is None or not model.moe.selection_bias:
+        if typed is not None:
+            raise UserError(
+                f"--train.bias_update_speed {typed:g}: {model.name} has no bias in the choice of "
+                "its experts. Leave it out.",
+                {"--train.bias_update_speed": None},
+            )
+        return 0.0
+    return BIAS_UPDATE_SPEED if typed is None else typed
+
+
 def _tokenizer_dir(cfg: Pretrain) -> Path | None:
     """The folder with the tokenizer's own files, wherever what was named keeps them."""
     if cfg.tokenizer_dir is not None:
@@ -333,12 +350,13 @@ def _tokenizer_files(cfg: Pretrain, dataset: Corpus, tokenizer_dir: Path | None)
     return {}
 
 
-def _data_name(data: DataModule, corpus: Corpus) -> str:
-    """A short word for the data, for the run directory's name."""
+def _run_name(model: ModelConfig, data: DataModule, corpus: Corpus) -> str:
+    """The run directory's name, without its number: the model's, and a short word for the data."""
     source = getattr(data, "train_data_path", None) or getattr(data, "data_path", None)
-    if source is None or is_url(source):
-        return "+".join(corpus.names[:3]).lower()
-    return Path(source).expanduser().resolve().stem.lower()
+    word = "+".join(corpus.names[:3])
+    if source is not None and not is_url(source):
+        word = Path(source).expanduser().resolve().stem
+    return f"{model.name}-{word}".lower()
 
 
 def _seq_len(cfg: Pretrain, model: ModelConfig, data: Corpus, earlier: Length | None) -> int:

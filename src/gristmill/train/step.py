@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gristmill.models.moe import move_biases
 from gristmill.parallel.gradients import accumulate, clip, total_norm
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.batch import MicroBatch, TokenBatch
@@ -65,17 +66,22 @@ def train_step(
     if mesh.world > 1:
         num_targets = torch.tensor(batch.num_targets, device=batch.tokens.device)
         num_targets = mesh.sum_rows(num_targets).clamp(min=1)
+    visits: Tensor | None = None
     left = batch.num_micro_batches(job.micro_batch_size)
     for micro in batch.micro_batches(job.micro_batch_size):
         left -= 1
         accumulate(model, last=left == 0)
         total += micro_step(model, micro, num_targets, job)
+        if model.visits is not None:
+            visits = model.visits if visits is None else visits + model.visits
     with section("optimizer"):
         total = mesh.sum(total)
         norm = total_norm(model)
         finite = torch.isfinite(total) & torch.isfinite(norm)
         good = finite if most_loss == math.inf else finite & (total <= most_loss)
         update(optimizer, norm, good, job.cfg.train.max_norm)
+        if visits is not None and job.bias_update_speed:
+            move_biases(model, mesh.sum(visits), job.bias_update_speed * good)
         optimizer.zero_grad(set_to_none=True)
         is_finite = bool(finite.item())
         return StepStats(

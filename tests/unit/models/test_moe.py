@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from gristmill.config.model import MixtureOfExperts as Settings
 from gristmill.config.model import ModelConfig
 from gristmill.models import moe
-from gristmill.models.moe import MixtureOfExperts, balance_loss, sort_by_expert
+from gristmill.models.moe import (
+    MixtureOfExperts,
+    balance_loss,
+    count_visits,
+    move_biases,
+    sort_by_expert,
+)
 
 HIDDEN, INNER = 32, 24
 
@@ -223,9 +229,9 @@ def test_compiled_equals_eager(precision):
 
 def test_shapes_on_the_meta_device():
     layer = build(balance_loss=0.1).to("meta")
-    y, balance = layer(torch.empty(2, 5, HIDDEN, device="meta"))
+    y, load = layer(torch.empty(2, 5, HIDDEN, device="meta"))
     assert y.shape == (2, 5, HIDDEN)
-    assert balance.shape == ()
+    assert load.balance.shape == ()
 
 
 def test_the_same_twice_to_the_bit():
@@ -237,16 +243,16 @@ def test_the_same_twice_to_the_bit():
 def test_balance_loss_is_there_in_training_when_it_weighs_something():
     x = tokens(1, 6, HIDDEN)
     layer = build(balance_loss=0.01)
-    y, balance = layer(x)
-    assert balance.dtype == torch.float32
-    assert balance.shape == ()
-    balance.backward()
+    y, load = layer(x)
+    assert load.balance.dtype == torch.float32
+    assert load.balance.shape == ()
+    load.balance.backward()
     assert layer.router.weight.grad.abs().sum() > 0
     layer.eval()
     again, none = layer(x)
     assert none is None
     assert torch.equal(again, y)
-    assert build()(x)[1] is None
+    assert build()(x)[1] == (None, None)
 
 
 def test_balance_loss_of_even_and_of_certain_routers():
@@ -260,7 +266,7 @@ def test_balance_loss_is_that_of_transformers_for_one_layer():
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     layer, x = build(balance_loss=0.1, num_experts_per_token=3), tokens(2, 20, HIDDEN)
-    found = layer(x)[1]
+    found = layer(x)[1].balance
     logits = x.flatten(0, 1) @ layer.router.weight.T
     theirs = load_balancing_loss_func((logits,), 8, 3)
     torch.testing.assert_close(found, theirs, rtol=1e-6, atol=1e-6)
@@ -270,6 +276,26 @@ def test_balance_loss_is_that_of_transformers_for_one_layer():
     layer.zero_grad()
     theirs.backward()
     torch.testing.assert_close(ours, layer.router.weight.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_visits_are_those_of_counted_tokens():
+    layer, x = build(selection_bias=True), tokens(2, 5, HIDDEN)
+    experts = layer(x)[1].experts
+    assert experts.shape == (2, 5, 2)
+    counted = torch.tensor([[True] * 5, [True, False, True, False, False]])
+    expected = torch.zeros(8, dtype=torch.long)
+    for row, column in counted.nonzero():
+        expected[experts[row, column]] += 1
+    assert count_visits([experts, experts], counted, 8).tolist() == [expected.tolist()] * 2
+
+
+def test_biases_move_by_the_sign_of_what_is_lacking():
+    layer = build(num_experts=4, selection_bias=True)
+    before = layer.selection_bias.clone()
+    visits = torch.tensor([[3, 5, 0, 4]])
+    move_biases(layer, visits, torch.tensor(0.125))
+    moved = torch.tensor([0.0, -1.0, 1.0, -1.0])  # the mean is 3
+    torch.testing.assert_close(layer.selection_bias - before, 0.125 * moved)
 
 
 def mixtral():
