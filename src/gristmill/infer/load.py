@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from gristmill.config.use_commands import Sampling
+from gristmill.config.use_commands import Loading, Sampling
 from gristmill.formats.model_dir import load_model
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.infer.quantize import quantize as round_weights
@@ -134,11 +134,7 @@ class LoadedModel:
             context or self.context(),
             ids,
             max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
+            **sampling.choosing,
             eos_ids=frozenset(self.tokenizer.stop_ids if stop_ids is None else stop_ids),
             generator=generator or self.generator(sampling.seed),
         )
@@ -248,9 +244,8 @@ def load(
         )
     chosen = choose_device(device)
     resolved = resolve_precision(precision, chosen, bf16="bf16-true")
-    own = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
+    tokenizer, knows_template = open_tokenizer(checkpoint_dir, tokenizer_dir)
     model = load_model(Path(checkpoint_dir), device=chosen, dtype=weight_dtype(resolved))
-    tokenizer = own or load_tokenizer(checkpoint_dir)
     if model.config.num_token_ids is None and tokenizer.num_token_ids < model.config.vocab_size:
         # Rows behind the last token were never trained and could win over trained ones.
         model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)
@@ -259,19 +254,47 @@ def load(
     if quantize is not None:
         round_weights(model, quantize, chosen)
     name = model_name(checkpoint_dir)
-    known = None if tokenizer.chat_template or tokenizer_dir else chat_template(name)
+    return LoadedModel(name, model, tokenizer, chosen, resolved, quantize, knows_template)
+
+
+def open_tokenizer(
+    checkpoint_dir: str | Path, tokenizer_dir: str | Path | None = None
+) -> tuple[Tokenizer, bool]:
+    """The tokenizer at `tokenizer_dir`, or else that of the model, with a chat template if there is
+    one; and whether this is not in its files but known of a model of this name.
+
+    Raises UserError when there is no tokenizer.
+    """
+    if tokenizer_dir is not None:
+        return Tokenizer.load(tokenizer_dir), False
+    tokenizer = load_tokenizer(checkpoint_dir)
+    known = None if tokenizer.chat_template else chat_template(model_name(checkpoint_dir))
     if known is not None:
         tokenizer.chat_template = known
-    return LoadedModel(
-        name, model, tokenizer, chosen, resolved, quantize, knows_template=known is not None
+    return tokenizer, known is not None
+
+
+def load_for_command(cfg: Loading) -> LoadedModel:
+    """The model that a command's options name, ready to decode; says what was chosen.
+
+    For commands only, as `use_few_threads`. Raises UserError as `load`.
+    """
+    loaded = load(
+        cfg.checkpoint_dir,
+        cfg.device,
+        cfg.precision,
+        tokenizer_dir=cfg.tokenizer_dir,
+        quantize=cfg.quantize,
     )
+    use_few_threads(loaded)
+    note(loaded.summary())
+    return loaded
 
 
 def check_options(sampling: Sampling) -> None:
     """Raise UserError for options of sampling that are out of range."""
-    s = sampling
-    check_sampling(s.max_new_tokens, s.temperature, s.top_k, s.top_p, s.min_p, s.repetition_penalty)
-    if "" in s.stops:
+    check_sampling(sampling.max_new_tokens, **sampling.choosing)
+    if "" in sampling.stops:
         raise UserError("a stop text is empty. give it some text, or leave --stop out.")
 
 
