@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gristmill.checkpoint import store
 from gristmill.checkpoint.mirror import Mirror
 from gristmill.checkpoint.ranks import ALONE, Ranks, reason
-from gristmill.checkpoint.staging import Staging
+from gristmill.checkpoint.staging import Staging, in_place
 from gristmill.checkpoint.state import model_state, optimizer_state
 from gristmill.checkpoint.store import FileDigest
 from gristmill.checkpoint.torch_dcp import quiet_single_process
@@ -90,11 +90,16 @@ class Checkpointer:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         record: dict[str, Any],
+        *,
+        last: bool = False,
     ) -> None:
         """Start to save; returns when the state is copied, and first waits for the last save.
 
         record: what the caller needs to go on, as plain JSON values; it is copied. The keys
         `format`, `step`, `optimizer`, `files` and `xxh3` are the checkpoint's own.
+
+        last: nothing changes the model or the optimizer before `wait`, so what lies in CPU memory
+        is written from there: a copy would be the peak of many a run.
         """
         self.wait()
         record = json.loads(json.dumps(record))
@@ -103,7 +108,10 @@ class Checkpointer:
             "weights": model_state(model, trained_only=self._trained_only),
             "optimizer": optimizer_state(model, optimizer),
         }
-        staged = {kind: self._staging[kind].copy(tensors) for kind, tensors in state.items()}
+        staged = {
+            kind: in_place(tensors) if last else self._staging[kind].copy(tensors)
+            for kind, tensors in state.items()
+        }
         self._thread = threading.Thread(
             target=self._run,
             name=f"checkpoint-{step}",

@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
+def in_place(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values of the local part of `state` in CPU memory, not copied where they lie there."""
+    return {name: _local(tensor).detach().cpu().contiguous() for name, tensor in state.items()}
+
+
 class Staging:
     """Buffers for the local part of a state, kept from one save to the next.
 
@@ -25,7 +30,7 @@ class Staging:
         staged: dict[str, Tensor] = {}
         on_cuda = False
         for name, tensor in state.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            local = _local(tensor)
             is_cuda = local.device.type == "cuda"
             on_cuda |= is_cuda
             buffer = self._buffers.get(name)
@@ -37,3 +42,7 @@ class Staging:
             torch.cuda.synchronize()
         self._buffers = staged
         return staged
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

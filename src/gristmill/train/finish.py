@@ -7,7 +7,6 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from gristmill import __version__
@@ -41,13 +40,13 @@ def is_finished(run: Run) -> bool:
     return True
 
 
-def finish(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def finish(run: Run, model: nn.Module) -> None:
     """Save the last step, and unless a signal ended the run write `final/`.
 
     Raises Interrupted after a signal, RunError when a checkpoint could not be written.
     """
     if run.last_saved_step != run.state.step:
-        run.save(model, optimizer)
+        run.save(last=True)
     if run.heart is not None:
         run.heart.close()  # from here on nobody waits for the others
     run.checkpointer.wait()

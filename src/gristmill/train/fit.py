@@ -78,11 +78,11 @@ def fit(job: Job) -> None:
                     row |= validate(model, job, mesh, whole=run.complete(), stopping=run.stopping)
             run.log(row)
             run.call_hook(stats)
-            if run.save_due():
+            if run.save_due() and not run.complete():  # `finish` saves the last step
                 with section("save"):
-                    run.save(model, optimizer)
+                    run.save()
             run.after_step()
-        finish(run, model, optimizer)
+        finish(run, model)
 
 
 def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:

@@ -107,7 +107,7 @@ class Guard:
             f"{what}; back to step {then.step:,}, passing over the {passed:,} samples since"
         )
         run.ranks.main_does(run.open_trackers)
-        run.save(run.model, run.optimizer)
+        run.save()
         self.in_a_row = 0
         return True
 

@@ -446,10 +446,12 @@ class Run:
         self.trackers.log(row, self.state.step)
         self.console.log(row, self.state.step)
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Stage a checkpoint of this step; it is written while training goes on."""
+    def save(self, *, last: bool = False) -> None:
+        """Start a checkpoint of this step; it is written while training goes on, if it does."""
         self.beat(f"the checkpoint of step {self.state.step:,}", patient=True)
-        self.checkpointer.save(self.state.step, model, optimizer, self._record())
+        self.checkpointer.save(
+            self.state.step, self.model, self.optimizer, self._record(), last=last
+        )
         self._last_save_s = time.monotonic()
         self.last_saved_step = self.state.step
 

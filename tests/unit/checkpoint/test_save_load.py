@@ -9,14 +9,15 @@ from safetensors.torch import load_file
 from gristmill.checkpoint import store
 from gristmill.checkpoint.load import load, newest_good
 from gristmill.checkpoint.save import Checkpointer
+from gristmill.checkpoint.staging import Staging
 from gristmill.util.errors import RunError, UserError
 
 from .conftest import build, same_state, train
 
 
-def save(out_dir, config, step, pair, record=None, **options):
+def save(out_dir, config, step, pair, record=None, last=False, **options):
     checkpointer = Checkpointer(out_dir, config=config, **options)
-    checkpointer.save(step, *pair, record or {})
+    checkpointer.save(step, *pair, record or {}, last=last)
     checkpointer.wait()
     assert not checkpointer.failed
     return store.step_path(out_dir, step)
@@ -39,6 +40,17 @@ def test_five_steps_save_load_five_steps_equal_ten(tmp_path, config, fused):
     assert record["samples"] == 20
     assert record["nested"] == {"a": [1, 2.5, None]}
     assert record["step"] == 5
+
+
+def test_the_last_save_writes_the_same_files_without_a_copy(tmp_path, config, trained, monkeypatch):
+    copied = save(tmp_path / "copied", config, 3, trained)
+    monkeypatch.setattr(Staging, "copy", lambda *_: pytest.fail("a copy was made"))
+    last = save(tmp_path / "last", config, 3, trained, last=True)
+    for file in sorted(p.relative_to(copied) for p in copied.rglob("*.safetensors")):
+        assert (last / file).read_bytes() == (copied / file).read_bytes()
+    other = build(2)
+    load(last, *other)
+    assert same_state(trained, other)
 
 
 def test_bf16_and_state_before_the_first_step(tmp_path, config):
