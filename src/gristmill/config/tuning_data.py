@@ -59,7 +59,8 @@ class HubRecords(Records):
     """Patterns of the files with held-out records; empty: a share of the others."""
 
     download_dir: str | None = None
-    """Folder of the files; unset: data/<name>. What is there is not fetched again."""
+    """Folder of the files; unset: data/<name>, or data/<organisation>--<name> of another repo_id.
+    What is there is not fetched again."""
     repo_id: str | None = None
     """Another repository on the hub with the same records."""
 

@@ -36,6 +36,8 @@ MANY = 10_000
 """Records whose encoding takes so long that it is said."""
 WORTH_KEEPING_S = 2.0
 """Encodings that took longer are kept for the next start, and for the other processes."""
+KEPT_BYTES = 1_000_000_000
+"""Of all that is kept; what was used longest ago goes first."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def encode(talks: Sequence[Conversation], tokenizer: Tokenizer, *, mask_prompt: 
     if kept is not None:
         return kept
     if len(talks) > MANY:
-        sys.stderr.write(f"encoding {len(talks):,} records, once\n")
+        sys.stderr.write(f"encoding {len(talks):,} records, once; kept in {file.parent}\n")
     started = time.monotonic()
     # Arrays at once: a list's numbers take ten times the memory.
     tokens, learned = [np.empty(0, np.int32)], [np.empty(0, np.bool_)]
@@ -125,7 +127,7 @@ def encode_one(
     it, as chatting with the model makes them, end where the two begin to differ.
     """
     messages = talk.messages
-    more: dict[str, Any] = {"strftime_now": datetime(*DAY).strftime}
+    more: dict[str, Any] = on_the_day()
     if talk.tools:
         more["tools"] = talk.tools
     whole = encode_chat(tokenizer, messages, add_generation_prompt=False, **more)
@@ -145,6 +147,11 @@ def encode_one(
                 stop = _next_special(whole, start, tokenizer)
         learned[start:stop] = [True] * (stop - start)
     return whole, learned
+
+
+def on_the_day() -> dict[str, Any]:
+    """The clock of templates, for everything that a run encodes."""
+    return {"strftime_now": datetime(*DAY).strftime}
 
 
 def _shared(a: list[int], b: list[int]) -> int:
@@ -176,9 +183,12 @@ def _digest(talks: Sequence[Conversation], tokenizer: Tokenizer, mask_prompt: bo
 def _read(file: Path, digest: str) -> Examples | None:
     try:
         with np.load(file, allow_pickle=False) as kept:
-            return Examples(kept["tokens"], kept["learned"], kept["starts"], digest)
+            examples = Examples(kept["tokens"], kept["learned"], kept["starts"], digest)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+    with contextlib.suppress(OSError):
+        os.utime(file)  # when it was used last
+    return examples
 
 
 def _write(file: Path, examples: Examples) -> None:
@@ -197,6 +207,18 @@ def _write(file: Path, examples: Examples) -> None:
             os.replace(partial, file)
         finally:
             Path(partial).unlink(missing_ok=True)
+        _make_room(file.parent)
+
+
+def _make_room(folder: Path) -> None:
+    """Remove what was used longest ago, the newest file never: others may be at work here too."""
+    seen = [(file.stat(), file) for file in folder.iterdir()]
+    newest_first = sorted(seen, key=lambda pair: -pair[0].st_mtime_ns)
+    total = newest_first[0][0].st_size
+    for status, file in newest_first[1:]:
+        total += status.st_size
+        if total > KEPT_BYTES:
+            file.unlink(missing_ok=True)
 
 
 def check_ids(examples: Examples, rows: int, tokenizer: Tokenizer) -> None:

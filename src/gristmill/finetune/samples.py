@@ -51,14 +51,30 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 class _Rows:
-    """Rows of records as arrays."""
+    """What records to train on and held-out ones have in common: one source, read as rows."""
+
+    num_samples: int
+    """Of one pass."""
 
     def __init__(self, examples: Examples, seq_len: int) -> None:
         self.examples, self.seq_len = examples, seq_len
         self._lengths = examples.lengths
         assert len(examples) == 0 or int(self._lengths.max()) <= seq_len + 1
 
-    def packed(self, records: Sequence[int], *, packing: bool) -> list[list[int]]:
+    @property
+    def packing(self) -> list[PackSummary]:
+        """Nothing: packing changes no sample."""
+        return []
+
+    def source_samples(self) -> Int64s:
+        """All samples: there is one source."""
+        return np.array([self.num_samples], dtype=np.int64)
+
+    def epochs(self, samples: int) -> list[float]:
+        """How often the samples have been gone through."""
+        return [samples / max(1, self.num_samples)]
+
+    def _packed(self, records: Sequence[int], *, packing: bool) -> list[list[int]]:
         """The records in rows."""
         if not packing:
             return [[record] for record in records]
@@ -66,7 +82,7 @@ class _Rows:
         rows = pack(lengths, self.seq_len + 1)
         return [[records[number] for number in row] for row in rows]
 
-    def read(self, rows: Sequence[Sequence[int]], num_rows: int) -> Batch:
+    def _read(self, rows: Sequence[Sequence[int]], num_rows: int) -> Batch:
         """`rows` and as many empty ones as make them `num_rows`."""
         width = self.seq_len + 1
         tokens = np.zeros((num_rows, width), dtype=np.int64)
@@ -90,7 +106,7 @@ class _Rows:
         return Batch(tokens, valid, doc_ends, ids, sources, lengths, targets)
 
 
-class RecordSamples:
+class RecordSamples(_Rows):
     """Records to train on, epoch after epoch in a hashed order; a sample is a record.
 
     Records are at most `seq_len + 1` tokens long. See `train.job.Samples`.
@@ -98,29 +114,11 @@ class RecordSamples:
 
     def __init__(self, examples: Examples, seq_len: int, *, seed: int, packing: bool) -> None:
         assert len(examples)
-        self.examples, self.seq_len = examples, seq_len
+        super().__init__(examples, seq_len)
+        self.num_samples = len(examples)
         self._seed, self._packing = seed, packing
-        self._rows = _Rows(examples, seq_len)
         self._epochs: OrderedDict[int, tuple[Int64s, Int64s]] = OrderedDict()
         self._total = int(examples.lengths.sum())
-
-    @property
-    def num_samples(self) -> int:
-        """Records."""
-        return len(self.examples)
-
-    @property
-    def packing(self) -> list[PackSummary]:
-        """Nothing: rows are put together anew for every batch."""
-        return []
-
-    def source_samples(self) -> Int64s:
-        """All records: there is one source."""
-        return np.array([self.num_samples], dtype=np.int64)
-
-    def epochs(self, samples: int) -> list[float]:
-        """How often the records have been gone through."""
-        return [samples / self.num_samples]
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on."""
@@ -142,15 +140,15 @@ class RecordSamples:
         All ranks get as many rows, some of them empty.
         """
         records = self._located(samples, batch_size).tolist()
-        rows = self._rows.packed(records, packing=self._packing)
-        return self._rows.read(rows[rank::world], -(-len(rows) // world))
+        rows = self._packed(records, packing=self._packing)
+        return self._read(rows[rank::world], -(-len(rows) // world))
 
     def usual_rows(self, batch_size: int, *, batches: int = 64) -> int:
         """Rows that a batch of so many records needs as a rule: nine of ten need no more."""
         if not self._packing:
             return batch_size
         counts = [
-            len(self._rows.packed(self._located(n * batch_size, batch_size).tolist(), packing=True))
+            len(self._packed(self._located(n * batch_size, batch_size).tolist(), packing=True))
             for n in range(batches)
         ]
         return int(np.quantile(counts, 0.9, method="nearest"))
@@ -181,31 +179,13 @@ class RecordSamples:
         return self._epochs[epoch]
 
 
-class HeldOutRows:
+class HeldOutRows(_Rows):
     """Held-out records, packed once; a sample is a row. See `train.job.Samples`."""
 
     def __init__(self, examples: Examples, seq_len: int) -> None:
-        self.examples, self.seq_len = examples, seq_len
-        self._rows = _Rows(examples, seq_len)
-        self._packed = self._rows.packed(range(len(examples)), packing=True)
-
-    @property
-    def num_samples(self) -> int:
-        """Rows."""
-        return len(self._packed)
-
-    @property
-    def packing(self) -> list[PackSummary]:
-        """Nothing."""
-        return []
-
-    def source_samples(self) -> Int64s:
-        """All rows: there is one source."""
-        return np.array([self.num_samples], dtype=np.int64)
-
-    def epochs(self, samples: int) -> list[float]:
-        """How often the rows have been gone through."""
-        return [samples / max(1, self.num_samples)]
+        super().__init__(examples, seq_len)
+        self._held_out = self._packed(range(len(examples)), packing=True)
+        self.num_samples = len(self._held_out)
 
     def fingerprint(self) -> dict[str, Any]:
         """What the order depends on."""
@@ -213,11 +193,10 @@ class HeldOutRows:
 
     def num_tokens(self, samples: int, count: int) -> int:
         """Tokens of `count` rows after the first `samples`."""
-        rows = self._packed[samples : samples + count]
-        lengths = self.examples.lengths
-        return int(sum(lengths[record] for row in rows for record in row))
+        rows = self._held_out[samples : samples + count]
+        return int(sum(self._lengths[record] for row in rows for record in row))
 
     def batch(self, samples: int, batch_size: int, rank: int = 0, world: int = 1) -> Batch:
         """This rank's part of `batch_size` rows after the first `samples`."""
-        rows = self._packed[samples : samples + batch_size]
-        return self._rows.read(rows[rank::world], -(-batch_size // world))
+        rows = self._held_out[samples : samples + batch_size]
+        return self._read(rows[rank::world], -(-batch_size // world))

@@ -14,7 +14,7 @@ from gristmill.config.finetune import Finetune, TuneArgs
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
 from gristmill.config.tuning_data import Records
-from gristmill.finetune.examples import Examples, check_ids, encode, encode_one
+from gristmill.finetune.examples import Examples, check_ids, encode, encode_one, on_the_day
 from gristmill.finetune.methods import method_of
 from gristmill.finetune.records import Conversation, with_inputs_inline
 from gristmill.finetune.samples import HeldOutRows, RecordSamples
@@ -107,7 +107,7 @@ def settle(cfg: Finetune) -> Job:
         start_dir=resolve_model_dir(cfg.checkpoint_dir),
         method=method,
         tokenizer_files=_tokenizer_files(text),
-        prompt_ids=partial(_ask, text.tokenizer),
+        prompt_ids=partial(ask, text.tokenizer),
         stop_ids=_stop_ids(text.tokenizer),
         about=_about(text, samples, val, length, rows),
     )
@@ -228,10 +228,10 @@ def _share_of_state(method: Method, model: ModelConfig) -> float:
     return min(1.0, (1 + 3 * trained) / 4)
 
 
-def _ask(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """The ids that ask for an answer."""
+def ask(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids that ask for an answer, the same on every day as those of the records."""
     turns = [{"role": "user", "content": prompt}]
-    return encode_chat(tokenizer, turns, add_generation_prompt=True)
+    return encode_chat(tokenizer, turns, add_generation_prompt=True, **on_the_day())
 
 
 def _stop_ids(tokenizer: Tokenizer) -> frozenset[int]:

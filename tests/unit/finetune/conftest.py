@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,19 @@ CHATML = (
 )
 
 
-def write_tokenizer(folder: Path, chat_template: str | None = None, *, bos: bool = False) -> Path:
-    """A byte-level tokenizer without merges: every byte is a token."""
+CONTROLS = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|start|>")
+
+
+def write_tokenizer(
+    folder: Path,
+    chat_template: str | None = None,
+    *,
+    names: Sequence[str] = CONTROLS,
+    bos_token: str = "<|start|>",
+    eos_token: str = "<|end|>",
+    bos: bool = False,
+) -> Path:
+    """A byte-level tokenizer without merges: every byte is a token, and the control tokens."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
@@ -31,11 +42,10 @@ def write_tokenizer(folder: Path, chat_template: str | None = None, *, bos: bool
     library = Library(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
-    names = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|start|>")
     library.add_special_tokens([AddedToken(name, special=True) for name in names])
     folder.mkdir(parents=True, exist_ok=True)
     library.save(str(folder / "tokenizer.json"))
-    words = {"eos_token": "<|end|>", "bos_token": "<|start|>", "add_bos_token": bos}
+    words = {"eos_token": eos_token, "bos_token": bos_token, "add_bos_token": bos}
     if chat_template is not None:
         words["chat_template"] = chat_template
     (folder / "tokenizer_config.json").write_text(json.dumps(words))

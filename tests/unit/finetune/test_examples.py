@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tracemalloc
 from datetime import datetime
 
@@ -11,6 +13,7 @@ import pytest
 from gristmill.finetune import examples
 from gristmill.finetune.examples import encode, encode_one
 from gristmill.finetune.records import Conversation, conversation
+from gristmill.finetune.settle import ask
 from gristmill.finetune.templates import choose_template
 from gristmill.util.errors import UserError
 
@@ -129,6 +132,28 @@ def test_what_took_long_is_kept(tokenizer, monkeypatch):
         encode(talks, t, mask_prompt=False)
 
 
+def test_what_was_used_longest_ago_makes_room(tokenizer, monkeypatch):
+    t = styled(tokenizer(), "default")
+    monkeypatch.setattr(examples, "WORTH_KEEPING_S", -1.0)
+    folder = examples.user_cache_dir() / "finetune"
+    shutil.rmtree(folder, ignore_errors=True)
+
+    def keep(number):
+        talks = [conversation({"instruction": f"room {number}", "output": "yes"})]
+        return folder / f"{encode(talks, t, mask_prompt=True).digest}.npz"
+
+    first, second = keep(1), keep(2)
+    (folder / ".killed.npz").write_bytes(b"x" * 10)
+    for hour, file in enumerate((folder / ".killed.npz", first, second)):
+        os.utime(file, (3600 * hour, 3600 * hour))
+    assert keep(1) == first  # read, not made: it is the newest now
+    monkeypatch.setattr(examples, "KEPT_BYTES", 2 * first.stat().st_size + 9)
+    third = keep(3)
+    assert sorted(folder.iterdir()) == sorted([first, third])
+    monkeypatch.setattr(examples, "KEPT_BYTES", 0)
+    assert [keep(4)] == list(folder.iterdir())
+
+
 def test_what_is_kept_is_for_nobody_else(tokenizer, monkeypatch):
     t = styled(tokenizer(), "default")
     talks = [conversation({"instruction": "secret", "output": "yes"})]
@@ -156,6 +181,8 @@ def test_the_day_changes_nothing(tokenizer, monkeypatch):
     assert encoded[0].digest == encoded[1].digest
     assert np.array_equal(encoded[0].tokens, encoded[1].tokens)
     assert "2031" not in t.decode(encoded[0].tokens.tolist(), skip_special=False)
+    asked = ask(t, "One?")  # of the texts that are sampled in a run
+    assert encoded[0].tokens[: len(asked)].tolist() == asked
     before = encoded[0].digest  # another day would be another set
     monkeypatch.setattr(examples, "DAY", (2025, 1, 1))
     assert encode([Conversation(ONE)], t, mask_prompt=True).digest != before
