@@ -19,6 +19,7 @@ from gristmill.optim.schedules import lr_at
 from gristmill.parallel.mesh import Mesh
 from gristmill.parallel.parallelize import parallelize
 from gristmill.parallel.weights import materialize
+from gristmill.train.announce import announce
 from gristmill.train.dry_run import dry_run
 from gristmill.train.finish import finish, is_finished
 from gristmill.train.guard import Guard
@@ -48,7 +49,7 @@ def fit(job: Job) -> None:
         optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
         if run.start_from is not None:
             run.load(run.start_from)
-        run.announce(how)
+        announce(run, how)
         job = run.job = dry_run(run, model, optimizer)
         run.begin()
         guard, speed = Guard(job.cfg.train), Throughput(job, mesh.world)

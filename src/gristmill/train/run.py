@@ -20,14 +20,11 @@ from gristmill.checkpoint.load import load as load_checkpoint
 from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.checkpoint.save import Checkpointer
 from gristmill.checkpoint.store import clean_partial, read_record
-from gristmill.data.reading.corpus import MANY_EPOCHS
 from gristmill.data.reading.stream import Batch
-from gristmill.models.counts import num_parameters
-from gristmill.models.device import describe
 from gristmill.parallel.check import check_mesh
 from gristmill.parallel.heartbeat import Heartbeat
 from gristmill.parallel.mesh import Mesh, close_mesh, open_mesh
-from gristmill.track.console import Console, count, duration
+from gristmill.track.console import Console
 from gristmill.track.tracker import Trackers, open_trackers
 from gristmill.train import directory
 from gristmill.train.job import Job
@@ -290,65 +287,6 @@ class Run:
             self._lock.close()
         if error is None:  # else the others may be gone, and would be waited for
             close_mesh(self.mesh)
-
-    def announce(self, how: str) -> None:
-        """Show what is about to run; `how` says whether blocks are compiled."""
-        job, length = self.job, self.job.length
-        total = length.total_steps * length.global_batch_size
-        batch = f"{length.global_batch_size} x {length.seq_len} tokens"
-        if job.micro_batch_size != length.global_batch_size:
-            batch += f", {job.micro_batch_size} at a time"
-        steps = f"{length.total_steps:,}, {length.warmup_steps:,} of them warm-up"
-        if self.state.step:
-            steps += f"; going on after step {self.state.step:,} from {self.start_from}"
-        if length.max_time_s is not None:
-            steps += f"; at most {duration(length.max_time_s)}"
-        self.console.start(
-            {
-                "run": job.out_dir,
-                "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
-                "weights": f"of {job.start_dir}" if job.start_dir else "random at the start",
-                **({"trained": job.method.name} if job.method.name else {}),
-                "device": f"{describe(job.device, job.precision)}, {how}",
-                **self._describe_mesh(),
-                "data": self._describe_data(),
-                **self._describe_packing(),
-                "tokens": f"{job.train.num_tokens(0, total):,}",
-                "batch": batch,
-                "steps": steps,
-                "schedule": f"{job.cfg.train.schedule} from {job.lr:g} to {job.min_lr:g}",
-            }
-            | job.about
-        )
-
-    def _describe_mesh(self) -> dict[str, str]:
-        """How the devices share the work; nothing for one device."""
-        sizes = [f"{axis} {size}" for axis, size in self.mesh.sizes.items() if size > 1]
-        return {"devices": f"{self.mesh.world}: {', '.join(sizes)}"} if sizes else {}
-
-    def _describe_data(self) -> str:
-        """Samples, how often each source will be read, and what is held out."""
-        job = self.job
-        total = job.length.total_steps * job.length.global_batch_size
-        read = dict(zip(job.source_names, job.train.epochs(total), strict=True))
-        epochs = f"{read[job.source_names[0]]:.2f} epochs"
-        if len(read) > 1:
-            epochs = "epochs: " + ", ".join(f"{name} {times:.2f}" for name, times in read.items())
-        text = f"{job.train.num_samples:,} samples, {epochs}; validation: "
-        text += f"{job.val.num_samples:,} samples" if job.val else "none"
-        often = [name for name, times in read.items() if times > MANY_EPOCHS]
-        if often and len(read) > 1:
-            text += f" (more than {MANY_EPOCHS} epochs of {', '.join(often)}: it may not pay)"
-        return text
-
-    def _describe_packing(self) -> dict[str, str]:
-        """What best-fit packing makes of each source; nothing when samples are not packed."""
-        job, lines = self.job, []
-        for name, packed in zip(job.source_names, job.train.packing, strict=False):
-            line = f"{100 * packed.padding:.2f} % padding, {packed.cut:,} of {packed.documents:,} "
-            line += f"documents ({100 * packed.cut_share:.2f} %) longer than a sample and cut"
-            lines.append(line if len(job.source_names) == 1 else f"{name} {line}")
-        return {"packing": "; ".join(lines)} if lines else {}
 
     def done(self) -> bool:
         """Whether there is no step more to make: enough of them, out of time, or told to stop."""
