@@ -152,6 +152,8 @@ class LitData(DataModule):
     data_path: str
     """Directory or URL of the dataset, or of its `train` and `val` folders. `path` is accepted
     too."""
+    val_data_path: str | None = None
+    """The same for validation; unset: the `val` folder of `data_path`, if it is there."""
     split_names: tuple[str, str] | None = None
     """Names of the training and validation folders; unset: `train` and `val` if they are there."""
     seed: int = 42

@@ -117,10 +117,11 @@ class DataEstimate:
 @dataclass(kw_only=True)
 class DataImport:
     """Adopt token data that another tool wrote: litdata datasets, the folders that each node of a
-    cluster wrote, or lit-llama's packed files. Nothing is encoded again."""
+    cluster wrote, or lit-llama's packed files, a dataset of each set. Nothing is encoded again."""
 
     input_dir: list[str] | str = field(default_factory=list)
-    """What to adopt, one dataset from all of them; the words after the command."""
+    """What to adopt, one dataset from all of them, or one for each set and side that the names of
+    packed files tell apart; the words after the command."""
     output_dir: str | None = None
     """Directory of the dataset; unset: where the data is. Chunks are linked, not copied."""
     copy: bool = False

@@ -70,6 +70,7 @@ def on_ray() -> bool:
 
 _WHOLE: dict[str, tuple[str, ...]] = {"--percentage": ("1", "1.0")}
 _DATASET = ("--data", "LitData", "--data.data_path")
+_VALIDATION = ("--data.val_data_path",)
 
 SCRIPTS = {
     "prepare_slimpajama": Script(
@@ -84,7 +85,7 @@ SCRIPTS = {
     "tinyllama": Script(
         ("pretrain", "--config", "pretrain/tinyllama", "--out_dir", "out/tiny-llama-1.1b"),
         "LitGPT, TinyLlama: pretrain/tinyllama.py",
-        {"--train_data_dir": _DATASET},
+        {"--train_data_dir": _DATASET, "--val_data_dir": _VALIDATION},
         {"--tpu": ("False", "false")},
     ),
     "train_redpajama": Script(
@@ -92,7 +93,7 @@ SCRIPTS = {
         "lit-llama: train_redpajama.py, pretrain/redpajama.py",
         {
             "--train_data_dir": ("--data", "RedPajama", "--data.data_path"),
-            "--val_data_dir": ("--data.val_data_path",),
+            "--val_data_dir": _VALIDATION,
         },
     ),
     "optimize_dataset": Script(

@@ -48,17 +48,6 @@ from gristmill.util.paths import user_cache_dir
 _SMALLEST_SPLIT_BYTES = 8192
 # Options that a training command spells with `--data.` before them.
 _OPTION = re.compile(r"--(pattern|text_field|separator|val_fraction|bos|eos|num_workers)\b")
-# Per cent of the tokens, as lit-llama's trainer has them, by the beginning of a set's name.
-_SHARES = {
-    "arxiv": 2.5,
-    "book": 4.5,
-    "c4": 15.0,
-    "common_crawl": 67.0,
-    "cc_": 67.0,
-    "github": 4.5,
-    "stackexchange": 2.0,
-    "wikipedia": 4.5,
-}
 # A folder of files is more mixed than a corpus: more of it may be something else than text.
 _MAX_REJECT_FRACTION = 0.01
 
@@ -128,7 +117,21 @@ def open_datasets(
 def _prepared(data: LitData) -> Datasets:
     limit = CacheLimit(data.cache_dir, data.cache_gb)
     if data.split_names is None:
-        return Datasets(*_sides(data.data_path), data.seed, limit=limit)
+        train, val = _sides(data.data_path)
+        if data.val_data_path is not None:
+            side, held = _sides(data.val_data_path)
+            val = held or side
+        if val == train:
+            raise UserError(
+                f"{val} is the training data, too: nothing would be held out. name another "
+                "--data.val_data_path, or leave it out."
+            )
+        return Datasets(train, val, data.seed, limit=limit)
+    if data.val_data_path is not None:
+        raise UserError(
+            f"--data.split_names names the validation side {data.split_names[1]}, and "
+            f"--data.val_data_path {data.val_data_path} another. leave one of them out."
+        )
     train, val = (_place(Storage(data.data_path).below(name)) for name in data.split_names)
     for folder in (train, val):
         if isinstance(folder, Path) and not folder.is_dir():
@@ -190,16 +193,14 @@ def _mixture(data: Mixture) -> Datasets:
 def _redpajama(data: RedPajama) -> Datasets:
     train, val = _sets(data.data_path)
     if data.val_data_path is not None:
-        val, _ = _sets(data.val_data_path)
+        side, held = _sets(data.val_data_path)
+        val = held or side
     limit = CacheLimit(data.cache_dir, data.cache_gb)
     return Datasets(train, val or None, data.seed, limit=limit)
 
 
 def _sets(path: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
-    """The prepared sets of RedPajama in a folder with their weights, and what they hold out.
-
-    Several crawls share the weight of common crawl by their tokens.
-    """
+    """The prepared sets of RedPajama in a folder with their weights, and what they hold out."""
     storage, layout = Storage(path), layouts.get("redpajama")
     names = [*(layout.parts or {}), *(layout.sample_parts or {})]
     sides = {
@@ -209,13 +210,8 @@ def _sets(path: str) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     }
     if not sides:
         raise _no_sets(path, storage)
-    tokens = {name: Dataset.open(train).num_tokens for name, (train, _) in sides.items()}
-    kinds = {name: next(k for k in _SHARES if name.startswith(k)) for name in sides}
-    parts = []
-    for name, (train, _) in sides.items():
-        together = sum(tokens[other] for other in sides if kinds[other] == kinds[name])
-        weight = round(_SHARES[kinds[name]] * tokens[name] / together, 2)
-        parts.append(Part(train, max(0.01, weight), name))
+    weights = packed.shares({n: Dataset.open(train).num_tokens for n, (train, _) in sides.items()})
+    parts = [Part(train, weights[name], name) for name, (train, _) in sides.items()]
     held = [dataclasses.replace(part, path=val) for part in parts if (val := sides[part.name][1])]
     return tuple(parts), tuple(held)
 
@@ -224,12 +220,13 @@ def _no_sets(path: str, storage: Storage) -> UserError:
     if storage.is_local and packed.find(storage.path):
         return UserError(
             f"{path} holds packed files (LITPKDS), which know nothing of documents. prepare the "
-            "text again with `gristmill prepare redpajama`, or turn them into a dataset: "
-            f"gristmill data import {path} --copy --output_dir NEW, then --data LitData "
+            "text again with `gristmill prepare redpajama`, or turn each set into a dataset: "
+            f"gristmill data import {path} --copy --output_dir NEW, then --data RedPajama "
             "--data.data_path NEW."
         )
+    names = ", ".join(layouts.get("redpajama").parts or {})
     return UserError(
-        f"{path} holds no prepared set of RedPajama ({', '.join(_SHARES)}, …). prepare them: "
+        f"{path} holds no prepared set of RedPajama ({names}, …). prepare them: "
         "gristmill prepare redpajama --input_dir RAW --tokenizer_dir TOKENIZER "
         f"--output_dir {path}"
     )

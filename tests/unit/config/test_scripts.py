@@ -41,9 +41,9 @@ def no_cluster(monkeypatch):
             "--resume out/x/step-00060500.pth",
         ),
         (
-            "tinyllama --devices 8 --train_data_dir d --tpu False",
+            "tinyllama --devices 8 --train_data_dir d --val_data_dir v --tpu False",
             "pretrain --config pretrain/tinyllama --out_dir out/tiny-llama-1.1b "
-            "--devices 8 --data LitData --data.data_path d",
+            "--devices 8 --data LitData --data.data_path d --data.val_data_path v",
         ),
         (
             "pretrain/redpajama.py --train_data_dir=d --val_data_dir=v",

@@ -186,6 +186,21 @@ def test_prepared_datasets_by_their_folders(run_prepare, records, tmp_path):
         open_datasets(LitData(data_path=str(split), split_names=("train", "dev")), None)
 
 
+def test_prepared_validation_data_beside_the_training_data(run_prepare, records, tmp_path):
+    split = run_prepare("jsonl", records, tmp_path / "split", val_fraction=0.2)
+    other = run_prepare("jsonl", records, tmp_path / "other")
+    found = open_datasets(LitData(data_path=str(split), val_data_path=str(other)), None)
+    assert (found.train, found.val) == (split / "train", other)
+    # As TinyLlama's authors have it: one folder for both.
+    found = open_datasets(LitData(data_path=str(split), val_data_path=str(split)), None)
+    assert (found.train, found.val) == (split / "train", split / "val")
+    with pytest.raises(UserError, match="is the training data, too"):
+        open_datasets(LitData(data_path=str(other), val_data_path=str(other)), None)
+    twice = LitData(data_path=str(split), split_names=("train", "val"), val_data_path=str(other))
+    with pytest.raises(UserError, match="leave one of them out"):
+        open_datasets(twice, None)
+
+
 @dataclass
 class Own(DataModule):
     result: object

@@ -3,8 +3,9 @@
     find folders ──▶ pieces ──in place, linked or copied──▶ chunks ──▶ chunks.npy, manifest.json
 
 A folder is a litdata token dataset or holds lit-llama's packed files. Several folders, such as the
-one that each node of a cluster wrote, become one dataset, and `train` and `val` one each. Nothing
-is encoded again; the manifest is written last, and a killed import is finished by the same command.
+one that each node of a cluster wrote, become one dataset, `train` and `val` one each, and each
+corpus that the names of packed files tell apart. Nothing is encoded again; the manifest is written
+last, and a killed import is finished by the same command.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +38,20 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
 
 MARK = ".import.json"
-"""In the output while its chunks are being copied or linked: from where."""
+"""In the output until the whole import is done: from where."""
 
 _SPLITS = ("train", "val")
 _COPY_BYTES = 4 << 20
 _REPORT_BYTES = 4 << 30
 _SCANS = 16
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder that holds data; of packed files those of one corpus, or all of them."""
+
+    folder: Path
+    corpus: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +88,11 @@ def run(cfg: DataImport) -> None:
             fix={"--output_dir": "OUT"},
         )
     tokenizer = Tokenizer.load(cfg.tokenizer_dir) if cfg.tokenizer_dir else None
-    for split, folders in _by_split(paths).items():
-        base = (out or paths[0]) / split
+    made: dict[str, Dataset] = {}
+    for place, sources in _by_place(paths).items():
+        base = (out or paths[0]) / place
         try:
-            dataset = _import(base, folders, tokenizer, in_place=out is None, copy=cfg.copy)
+            dataset = _import(base, sources, tokenizer, in_place=out is None, copy=cfg.copy)
         except UserError as error:
             if out is not None:
                 error.fix.pop("--output_dir", None)
@@ -96,13 +107,56 @@ def run(cfg: DataImport) -> None:
         how = "where it is" if out is None else "copied" if cfg.copy else "linked"
         print(
             f"{base}: {dataset.num_tokens:,} tokens ({dataset.dtype}) in "
-            f"{_count(len(dataset.chunks), 'chunk')} from {_count(len(folders), 'folder')}, {how}"
+            f"{_count(len(dataset.chunks), 'chunk')} from {_count(len(sources), 'folder')}, {how}"
         )
-    print(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {out or paths[0]}")
+        made[place] = dataset
+    for dataset in made.values():
+        (dataset.storage.path / MARK).unlink(missing_ok=True)
+    print(f"Next: gristmill pretrain MODEL {_as_data(out or paths[0], made)}")
+
+
+def _as_data(base: Path, made: Mapping[str, Dataset]) -> str:
+    """The options that train on what was imported: several corpora as a mixture."""
+    tokens = {
+        place.removesuffix("/train"): dataset.num_tokens
+        for place, dataset in made.items()
+        if place not in ("", *_SPLITS) and not place.endswith("/val")
+    }
+    if not tokens:
+        return f"--data LitData --data.data_path {base}"
+    sources = ", ".join(
+        f"{{path: {json.dumps(str(base / name))}, weight: {weight:g}}}"
+        for name, weight in packed.shares(tokens).items()
+    )
+    return f"--data Mixture --data.sources {shlex.quote(f'[{sources}]')}"
 
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _by_place(paths: Sequence[Path]) -> dict[str, list[_Source]]:
+    """What holds data, by the dataset's place in the output: a split, a corpus, or both."""
+    splits = _by_split(paths)
+    kinds = {
+        (split, folder): {file.corpus for file in packed.find(folder)}
+        for split, folders in splits.items()
+        for folder in folders
+        if not (folder / "index.json").is_file()
+    }
+    if len(set().union(*kinds.values())) < 2:
+        return {split: [_Source(f) for f in folders] for split, folders in splits.items()}
+    if len(kinds) < sum(map(len, splits.values())):
+        raise UserError(
+            "some of the folders hold packed files of several corpora, some litdata datasets. "
+            "import them apart, each to its own --output_dir."
+        )
+    found: dict[str, list[_Source]] = {}
+    for (split, folder), corpora in kinds.items():
+        for name, side in sorted(corpora):
+            place = f"{name}/{split or side}".strip("/")
+            found.setdefault(place, []).append(_Source(folder, (name, side)))
+    return found
 
 
 def _by_split(paths: Sequence[Path]) -> dict[str, list[Path]]:
@@ -149,19 +203,21 @@ def _data_folders(path: Path) -> list[Path]:
 
 def _import(
     base: Path,
-    folders: Sequence[Path],
+    sources: Sequence[_Source],
     tokenizer: Tokenizer | None,
     *,
     in_place: bool,
     copy: bool,
 ) -> Dataset:
-    """Make `base` the dataset of what is in `folders`."""
+    """Make `base` the dataset of what is in `sources`."""
+    pieces = _pieces(sources, base if in_place else None, copy=copy)
     if (base / manifest.NAME).is_file():
         earlier = manifest.read(base)
+        if not in_place and _is_begun(base, pieces, copy=copy):
+            return Dataset.open(base)  # a kill came after it, before another one was done
         # An import in place can be repeated: data may have grown since.
         if not in_place or earlier.source is not None or earlier.whole_digests:
             raise UserError(f"{base} is a dataset already: it needs no import.")
-    pieces = _pieces(folders, base if in_place else None, copy=copy)
     dtype = _one_type(pieces)
     if in_place:
         with ThreadPoolExecutor(_SCANS) as pool:
@@ -171,21 +227,24 @@ def _import(
         records = _copied(base, pieces, dtype) if copy else list(_linked(base, pieces))
     table = ChunkTable.of(records)
     if not len(table):
-        raise UserError(f"{folders[0]} holds no tokens. check the path.")
-    _describe(base, table, dtype, tokenizer, whole=copy, keep_index=folders == [base])
-    (base / MARK).unlink(missing_ok=True)
+        raise UserError(
+            f"{sources[0].folder} holds no tokens for {base}. check the path, or move its empty "
+            "files away."
+        )
+    keep_index = [source.folder for source in sources] == [base]
+    _describe(base, table, dtype, tokenizer, whole=copy, keep_index=keep_index)
     return Dataset.open(base)
 
 
-def _pieces(folders: Sequence[Path], base: Path | None, *, copy: bool) -> list[_Piece]:
+def _pieces(sources: Sequence[_Source], base: Path | None, *, copy: bool) -> list[_Piece]:
     """Every file of the folders. Their chunks are named from `base`, or else freshly."""
     pieces: list[_Piece] = []
-    for number, folder in enumerate(folders):
-        mark = f"{number:05d}-" if len(folders) > 1 else ""
+    for number, source in enumerate(sources):
+        mark = f"{number:05d}-" if len(sources) > 1 else ""
         found = (
-            _litdata_pieces(folder, copy=copy)
-            if (folder / "index.json").is_file()
-            else _packed_pieces(folder, copy=copy)
+            _litdata_pieces(source.folder, copy=copy)
+            if (source.folder / "index.json").is_file()
+            else _packed_pieces(source, copy=copy)
         )
         for piece in found:
             if base is not None:
@@ -194,7 +253,7 @@ def _pieces(folders: Sequence[Path], base: Path | None, *, copy: bool) -> list[_
                 name = mark + piece.name.replace("/", "-").replace(".zstd.bin", ".bin")
             pieces.append(dataclasses.replace(piece, name=name))
     if len({piece.name for piece in pieces}) < len(pieces):
-        raise UserError(f"{folders[0]} names a chunk twice. write the data again.")
+        raise UserError(f"{sources[0].folder} names a chunk twice. write the data again.")
     return pieces
 
 
@@ -222,15 +281,16 @@ def _litdata_pieces(folder: Path, *, copy: bool) -> Iterator[_Piece]:
         )
 
 
-def _packed_pieces(folder: Path, *, copy: bool) -> Iterator[_Piece]:
+def _packed_pieces(source: _Source, *, copy: bool) -> Iterator[_Piece]:
     if not copy:
         raise UserError(
-            f"{folder} holds packed files (LITPKDS), which litdata cannot read. "
+            f"{source.folder} holds packed files (LITPKDS), which litdata cannot read. "
             "turn them into chunks in another folder with --copy --output_dir OUT.",
             fix={"--copy": "true", "--output_dir": "OUT"},
         )
-    for file in packed.find(folder):
-        yield _Piece(file.path, file.path.name, file.element, {}, packed=file)
+    for file in packed.find(source.folder):
+        if source.corpus in (None, file.corpus):
+            yield _Piece(file.path, file.path.name, file.element, {}, packed=file)
 
 
 def _one_type(pieces: Sequence[_Piece]) -> str:
@@ -253,24 +313,33 @@ def _scanned(piece: _Piece) -> ChunkRecord:
     return dataclasses.replace(record, name=piece.name, continues=piece.continues)
 
 
-def _begin(base: Path, pieces: Sequence[_Piece], *, copy: bool) -> None:
-    """Make the output, or find it as an earlier import of the same pieces left it."""
+def _job(pieces: Sequence[_Piece], *, copy: bool) -> str:
+    """What the mark in the output says: these pieces, so."""
     sizes = [(str(p.path.resolve()), p.name, p.path.stat().st_size) for p in pieces]
     text = json.dumps({"copy": copy, "pieces": sizes})
-    job = json.dumps({"job": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()})
+    return json.dumps({"job": hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()})
+
+
+def _is_begun(base: Path, pieces: Sequence[_Piece], *, copy: bool) -> bool:
+    """Whether an import of the same pieces was not done as a whole."""
     mark = base / MARK
-    if mark.is_file() and mark.read_text(encoding="utf-8") == job:
+    return mark.is_file() and mark.read_text(encoding="utf-8") == _job(pieces, copy=copy)
+
+
+def _begin(base: Path, pieces: Sequence[_Piece], *, copy: bool) -> None:
+    """Make the output, or find it as an earlier import of the same pieces left it."""
+    if _is_begun(base, pieces, copy=copy):
         return
     if base.exists() and (not base.is_dir() or any(base.iterdir())):
         raise UserError(f"{base} is not empty. name another --output_dir, or remove it first.")
     base.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(size for _, _, size in sizes) * copy, shutil.disk_usage(base).free
+    needed, free = sum(p.path.stat().st_size for p in pieces) * copy, shutil.disk_usage(base).free
     if needed > free:
         raise RunError(
             f"no space left for {base}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are "
             "free. free some, or leave out --copy to link the chunks."
         )
-    Storage(base).write(MARK, job.encode())
+    Storage(base).write(MARK, _job(pieces, copy=copy).encode())
 
 
 def _linked(base: Path, pieces: Sequence[_Piece]) -> Iterator[ChunkRecord]:

@@ -15,7 +15,7 @@ import numpy as np
 from gristmill.data.preparation.workspace import NAME as UNFINISHED
 from gristmill.data.reading.chunk_cache import ChunkCache, Wanted
 from gristmill.data.storage import Storage, is_url
-from gristmill.data.store import manifest
+from gristmill.data.store import manifest, packed
 from gristmill.data.store.chunk_table import ChunkTable
 from gristmill.data.store.chunks import MappedChunk, adopt, map_chunk
 from gristmill.data.store.manifest import Manifest, Totals
@@ -267,6 +267,11 @@ def _why_not(folder: Path) -> str:
     inside = [name for name in ("train", "val") if (folder / name / "index.json").is_file()]
     if inside:
         return f"{folder} holds the datasets {' and '.join(inside)}. name {folder / inside[0]}."
+    if packed.find(folder):
+        return (
+            f"{folder} holds packed files (LITPKDS). turn them into datasets: "
+            f"gristmill data import {folder} --copy --output_dir NEW"
+        )
     return (
         f"{folder} is no dataset (neither manifest.json nor index.json is there). raw text is "
         "named as --data TextFiles --data.train_data_path, or made one by `gristmill prepare`."

@@ -4,12 +4,15 @@
 
 The files of one prefix are one stream of tokens cut anywhere, and the last is filled up with the
 separator. Where documents end is not in them, and it is not guessed: a file is one piece of text.
+
+The names tell corpora apart, which training mixes: `arxiv_0000000000.bin`, and with the side and
+the process that wrote it `train_slimpajama_7_0000000000.bin`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +30,21 @@ _VERSION = 1
 _HEADER_BYTES = 24
 _TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
 _NUMBER = re.compile(r"_\d+$")
+_SIDES = {"train": "train", "validation": "val", "val": "val"}
+# Per cent of the tokens, as lit-llama's and TinyLlama's trainers have them, by the beginning of a
+# set's name. Several sets of one beginning share it by their tokens.
+_SHARES = {
+    "arxiv": 2.5,
+    "book": 4.5,
+    "c4": 15.0,
+    "common_crawl": 67.0,
+    "cc_": 67.0,
+    "github": 4.5,
+    "stackexchange": 2.0,
+    "wikipedia": 4.5,
+    "slim": 69.3584,
+    "star": 30.6416,
+}
 # Tokens that are looked at and copied at a time.
 _BLOCK = 1 << 22
 
@@ -44,6 +62,28 @@ class PackedFile:
     def element(self) -> str:
         """The smallest type of ours that holds its ids."""
         return "uint16" if np.dtype(self.dtype).itemsize <= 2 else "uint32"
+
+    @property
+    def corpus(self) -> tuple[str, str]:
+        """Its corpus, and which side of it: "train" or "val"; "" for what the name does not say."""
+        name = _NUMBER.sub("", _prefix(self.path))
+        side, _, rest = name.partition("_")
+        return (rest, _SIDES[side]) if side in _SIDES else (name, "")
+
+
+def shares(tokens: Mapping[str, int]) -> dict[str, float]:
+    """Per cent of the training tokens for each corpus, from the tokens that each has.
+
+    As the trainers of packed files mix them; by their tokens where one of them is not known there.
+    """
+    kinds = {name: next((k for k in _SHARES if name.startswith(k)), "") for name in tokens}
+    known = all(kinds.values())
+    found = {}
+    for name, count in tokens.items():
+        alike = [n for n in tokens if not known or kinds[n] == kinds[name]]
+        share = (_SHARES[kinds[name]] if known else 100) * count / sum(tokens[n] for n in alike)
+        found[name] = max(0.01, round(share, 4))
+    return found
 
 
 def find(folder: Path) -> list[PackedFile]:
