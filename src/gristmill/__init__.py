@@ -3,10 +3,27 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gristmill.api import LLM, prepare, pretrain
+    from gristmill.api import (
+        LLM,
+        evaluate,
+        finetune_adapter,
+        finetune_full,
+        finetune_lora,
+        prepare,
+        pretrain,
+    )
 
 __version__ = "0.1.0.dev0"
-__all__ = ["LLM", "__version__", "prepare", "pretrain"]
+__all__ = [
+    "LLM",
+    "__version__",
+    "evaluate",
+    "finetune_adapter",
+    "finetune_full",
+    "finetune_lora",
+    "prepare",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:

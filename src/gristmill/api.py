@@ -4,6 +4,8 @@ import gristmill
 
 gristmill.prepare(layout="textfiles", input_dir="books", output_dir="data/books", ...)
 gristmill.pretrain(model_name="pythia-14m", data=TextFiles(train_data_path="books"), ...)
+gristmill.finetune_lora(checkpoint_dir="out/run", data="my-records.json", ...)
+print(gristmill.evaluate("out/run", "hellaswag")["results"])
 llm = gristmill.LLM.load("out/run/final")
 print(llm.generate("Once upon a time", max_new_tokens=40))
 print(llm.chat("What food do llamas eat?"))
@@ -18,7 +20,10 @@ from typing import Any, Literal, TypeVar, overload
 
 from gristmill.config.commands import Prepare, Pretrain
 from gristmill.config.data import LitData
+from gristmill.config.evaluate import Evaluate
+from gristmill.config.finetune import Finetune, FinetuneAdapter, FinetuneFull, FinetuneLora
 from gristmill.config.model import ModelConfig
+from gristmill.config.tuning_data import JSON, HubRecords, TuningData
 from gristmill.config.use_commands import Sampling
 from gristmill.util.errors import UserError
 
@@ -41,9 +46,55 @@ def pretrain(config: Pretrain | None = None, **settings: Any) -> None:
     Settings are the command's options (`config.commands.Pretrain`), or one filled dataclass;
     `train`, `eval`, `log` and `optimizer` may be dictionaries of their options.
     """
-    from gristmill.launch.start import train as run
+    _train(_configured(Pretrain, config, settings))
 
-    run(_configured(Pretrain, config, settings))
+
+def finetune_full(config: FinetuneFull | None = None, **settings: Any) -> None:
+    """Train all weights of a model on instructions or chats, as `gristmill finetune full` does.
+
+    Settings are the command's options (`config.finetune.FinetuneFull`), or one filled dataclass;
+    `data` may be a file of records or the name of a set ("Alpaca2k"), and `train`, `eval`, `log`
+    and `optimizer` dictionaries of their options.
+    """
+    _train(_configured(FinetuneFull, config, settings))
+
+
+def finetune_lora(config: FinetuneLora | None = None, **settings: Any) -> None:
+    """Train a low-rank addition to a model, as `gristmill finetune lora` does.
+
+    Settings as of `finetune_full`, and those of `config.finetune.FinetuneLora`.
+    """
+    _train(_configured(FinetuneLora, config, settings))
+
+
+def finetune_adapter(config: FinetuneAdapter | None = None, **settings: Any) -> None:
+    """Train prefixes of a model's attention, as `gristmill finetune adapter` does.
+
+    Settings as of `finetune_full`, and those of `config.finetune.FinetuneAdapter`.
+    """
+    _train(_configured(FinetuneAdapter, config, settings))
+
+
+def evaluate(
+    model: str | Path | Evaluate, tasks: str | Sequence[str] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Measure a model on tasks of lm-evaluation-harness, as `gristmill evaluate` does.
+
+    `model` is a directory of any kind, and settings are the command's options
+    (`config.evaluate.Evaluate`); one filled dataclass may stand for all. Returns what the command
+    keeps in results.json, which is written too: `results` by task and metric (`acc,none`),
+    `groups`, `config`; and with `log_samples` also `samples`. Raises UserError for what does not
+    fit, RunError when the data of a task cannot be had.
+    """
+    from gristmill.measure.command import measure
+
+    if isinstance(model, Evaluate):
+        given = settings if tasks is None else {"tasks": tasks, **settings}
+        return measure(_configured(Evaluate, model, given))
+    named = None if tasks is None else tasks if isinstance(tasks, str) else list(tasks)
+    return measure(
+        _configured(Evaluate, None, {"checkpoint_dir": model, "tasks": named, **settings})
+    )
 
 
 class LLM:
@@ -250,6 +301,13 @@ def _joined(pairs: Iterator[tuple[int, str]], count: int) -> list[str]:
     return texts
 
 
+def _train(config: Pretrain | Finetune) -> None:
+    """Train where the settings say."""
+    from gristmill.launch.start import train
+
+    train(config)
+
+
 def _configured(kind: type[T], config: T | None, settings: dict[str, Any]) -> T:
     """The dataclass `kind` from a filled one or from settings by name."""
     if config is not None:
@@ -272,11 +330,21 @@ def _configured(kind: type[T], config: T | None, settings: dict[str, Any]) -> T:
         )
     values = dict(settings)
     for name, value in settings.items():
-        section = ModelConfig if name == "model_config" else fields[name].default_factory
-        if isinstance(value, dict) and section is not dataclasses.MISSING:
-            values[name] = _configured(section, None, value)  # type: ignore[arg-type]
+        factory = fields[name].default_factory
+        if isinstance(value, dict) and name == "model_config":
+            values[name] = _configured(ModelConfig, None, value)
+        elif isinstance(value, dict) and factory is not dataclasses.MISSING:
+            usual = factory()
+            values[name] = _configured(type(usual), None, {**vars(usual), **value})
         elif name == "data" and isinstance(value, (str, Path)):
-            values[name] = LitData(data_path=str(value))
+            tunes, named = issubclass(kind, Finetune), str(value)
+            values[name] = _records(named) if tunes else LitData(data_path=named)
         elif isinstance(value, Path):
             values[name] = str(value)
     return kind(**values)
+
+
+def _records(named: str) -> TuningData:
+    """A set by its name, or the records of a file or folder."""
+    sets = {module.__name__: module for module in HubRecords.__subclasses__()}
+    return sets[named]() if named in sets else JSON(json_path=named)

@@ -11,9 +11,9 @@ import torch
 
 from gristmill.cli import main
 from gristmill.config.model import ModelConfig
+from gristmill.formats import hf
 from gristmill.measure.encode import Encoder
 from gristmill.measure.subject import Subject
-from gristmill.formats import hf
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
 from gristmill.tokenizer.tokenizer import Tokenizer

@@ -10,10 +10,12 @@ from gristmill.config.sections import Auto, Precision
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Measure a model on tasks of lm-evaluation-harness (pip install 'gristmill[evaluate]')."""
+    """Measure a model on tasks of lm-evaluation-harness (the extra `evaluate`)."""
 
     checkpoint_dir: str | None = None
     """Model directory of any kind; the first word after the command."""
+    tokenizer_dir: str | None = None
+    """Tokenizer to use, with its chat template; unset: the model's own."""
     tasks: list[str] | str | None = None
     """Tasks, groups or tags, as hellaswag,arc_easy; `*` stands for anything; a task's own .yaml
     file works too. `gristmill evaluate list` prints all."""
@@ -33,10 +35,15 @@ class Evaluate:
     """File for the results; unset: results.json in out_dir. Older results are kept, numbered."""
     force_conversion: bool = False
     """Replace another model that out_dir holds; the same one is left alone."""
+    use_cache: str | None = None
+    """File that answers are kept in for later evaluations of the same weights; unset: until this
+    one has its results, so that one that was stopped goes on."""
     log_samples: bool = False
     """Keep what the model made of each document, in results.samples/TASK.jsonl."""
     apply_chat_template: bool = False
     """Put questions as the model's chat template says."""
+    fewshot_as_multiturn: bool | None = None
+    """Put examples as turns of the chat; false: all in one question. Unset: true."""
     system_instruction: str | None = None
     """Text in front of every question."""
     gen_kwargs: str | None = None
@@ -46,10 +53,12 @@ class Evaluate:
     bf16-true are faster where the processor has bf16 arithmetic."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Another way to say precision: float32 is 32-true, bfloat16 is bf16-true."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights in fewer bits, through torchao; int4 where the device has it."""
     device: str = "auto"
     """Kind of device: auto, cpu, cuda or mps; cuda:1 is the second one."""
-    seed: int = 1234
-    """Seed of the choice of examples and of what is drawn."""
+    seed: int | None = None
+    """Seed of the choice of examples and of what is drawn; unset: those of lm_eval."""
     confirm_run_unsafe_code: bool = False
     """Let tasks run the programs that the model writes, on this machine."""
     access_token: str | None = field(default=None, repr=False)

@@ -6,15 +6,19 @@ find the tasks ─ open the model ─ (its Hugging Face copy) ─ measure ─ ta
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
+from gristmill import __version__
 from gristmill.config.evaluate import Evaluate
-from gristmill.measure import harness, tasks
-from gristmill.measure.copy import copy_model
-from gristmill.measure.results import Results
-from gristmill.measure.subject import Subject
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
 from gristmill.infer.load import memory, note
+from gristmill.measure import harness, tasks
+from gristmill.measure.copy import copy_model
+from gristmill.measure.kept import Kept
+from gristmill.measure.results import Results, summary
+from gristmill.measure.subject import Subject
 from gristmill.models.device import bf16_supported, choose_device
 from gristmill.util.errors import UserError
 
@@ -27,37 +31,64 @@ def evaluate(cfg: Evaluate) -> None:
     Raises UserError for what does not fit, before the model is read; RunError when the data of a
     task cannot be had or memory is too small.
     """
-    names = _words(cfg.tasks)
-    if names == ["list"]:
+    if _words(cfg.tasks) == ["list"]:
         print("\n".join(tasks.names()))
         return
-    _check(cfg, names)
+    measure(cfg, show=True)
+
+
+def measure(cfg: Evaluate, *, show: bool = False) -> dict[str, Any]:
+    """The results that are kept, and `samples` where they are asked for; `show` prints the table.
+
+    Raises as `evaluate` does. What was computed until an error or a signal is kept for next time.
+    """
+    _check(cfg)
     source = open_model_dir(cfg.checkpoint_dir or "")
     precision, remark = _precision(cfg, source)
     results = Results(cfg, source)
     if cfg.access_token is not None:
         os.environ["HF_TOKEN"] = cfg.access_token
-    chosen = tasks.choose(names, _words(cfg.include_path))
-    subject = Subject(
-        source.path,
-        device=cfg.device,
-        precision=precision,
-        batch_size=cfg.batch_size if isinstance(cfg.batch_size, int) else "auto",
-        seed=cfg.seed,
-        remark=remark,
-    )
-    if cfg.apply_chat_template:
-        _ = subject.chat_template  # says if there is none
-    if cfg.out_dir is not None:
-        copy_model(source, cfg.out_dir, replace_other=cfg.force_conversion)
-    measured = harness.run(subject, chosen.names, chosen.folders, cfg)
-    print(harness.table(measured))
-    for line in subject.remarks():
-        note(line)
-    for line in harness.unheeded(measured, cfg):
-        note(line)
-    note(memory(subject.loaded.device))
-    print(results.save(measured, subject))
+    chosen = tasks.choose(_words(cfg.tasks), _words(cfg.include_path))
+    about = (__version__, _weights(source), precision, cfg.quantize, cfg.device)
+    path = None if cfg.use_cache is None else Path(cfg.use_cache).expanduser()
+    with Kept(path or results.answers_path, about, forever=path is not None) as kept:
+        subject = Subject(
+            source.path,
+            device=cfg.device,
+            precision=precision,
+            batch_size=cfg.batch_size if isinstance(cfg.batch_size, int) else "auto",
+            seed=harness.SEED if cfg.seed is None else cfg.seed,
+            tokenizer_dir=cfg.tokenizer_dir,
+            quantize=cfg.quantize,
+            kept=kept,
+            remark=remark,
+        )
+        if cfg.apply_chat_template:
+            _ = subject.chat_template  # says if there is none
+        if cfg.out_dir is not None:
+            copy_model(
+                source,
+                cfg.out_dir,
+                replace_other=cfg.force_conversion,
+                tokenizer_dir=cfg.tokenizer_dir,
+            )
+        measured = harness.run(subject, chosen.names, chosen.folders, cfg)
+        if show:
+            print(harness.table(measured))
+        for line in (*subject.remarks(), *harness.unheeded(measured, cfg)):
+            note(line)
+        note(memory(subject.loaded.device))
+        whole = results.save(measured, subject)
+    if show:
+        print(f"{summary(whole)} ({results.path})")
+    return {**whole, "samples": measured["samples"]} if cfg.log_samples else whole
+
+
+def _weights(source: ModelDir) -> object:
+    """What tells a model from others, and from itself trained further: the state of its files."""
+    files = {entry.file for entry in source.open_tensors().entries.values()}
+    states = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return states, source.config, None if source.base is None else _weights(source.base)
 
 
 def _words(given: list[str] | str | None) -> list[str]:
@@ -66,18 +97,19 @@ def _words(given: list[str] | str | None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _check(cfg: Evaluate, names: list[str]) -> None:
+def _check(cfg: Evaluate) -> None:
     """UserError for options that mean nothing, or not together."""
     if cfg.checkpoint_dir is None:
         raise UserError(
             "no model given. name a model directory as the first word: gristmill evaluate "
             "out/quickstart/run --tasks …"
         )
-    if not names:
+    if not _words(cfg.tasks):
         raise UserError(
             f"no task is named. give some: gristmill evaluate {cfg.checkpoint_dir} --tasks "
             "hellaswag,arc_easy (`gristmill evaluate list` prints all)"
         )
+    _refuse_many()
     size = cfg.batch_size
     if isinstance(size, str):
         word, _, count = size.partition(":")
@@ -97,6 +129,12 @@ def _check(cfg: Evaluate, names: list[str]) -> None:
         raise UserError(
             f"--num_fewshot {cfg.num_fewshot} is no number of examples. give 0 or more."
         )
+    if cfg.fewshot_as_multiturn is not None and not cfg.apply_chat_template:
+        raise UserError(
+            "--fewshot_as_multiturn says how examples are put in a chat, and this is none. leave "
+            "it out, or add --apply_chat_template true.",
+            {"--apply_chat_template": "true"},
+        )
     if cfg.force_conversion and cfg.out_dir is None:
         raise UserError(
             "--force_conversion is for the model in --out_dir, and none is given: nothing is "
@@ -107,6 +145,16 @@ def _check(cfg: Evaluate, names: list[str]) -> None:
         raise UserError(
             f"--dtype {cfg.dtype} and --precision {cfg.precision} are not the same. give one.",
             {"--dtype": None},
+        )
+
+
+def _refuse_many() -> None:
+    """UserError where this is one of several processes: each would measure everything."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise UserError(
+            f"{count} processes were started, and an evaluation is one, on one device. start it "
+            "alone; several devices take a part of the tasks each: --device cuda:1 --tasks …"
         )
 
 

@@ -13,13 +13,16 @@ from gristmill.formats.export import export
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.source import ModelDir
 from gristmill.infer.load import note
+from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.pth", "*.gguf")
 PARTIAL = ".model.partial"
 
 
-def copy_model(source: ModelDir, out_dir: str, *, replace_other: bool) -> None:
+def copy_model(
+    source: ModelDir, out_dir: str, *, replace_other: bool, tokenizer_dir: str | None = None
+) -> None:
     """Write the model to `out_dir` as a Hugging Face directory, unless it is there already.
 
     What else is there stays. Raises UserError for a directory with another model, unless it may be
@@ -36,7 +39,7 @@ def copy_model(source: ModelDir, out_dir: str, *, replace_other: bool) -> None:
             "directory, or keep only the results: --save_filepath FILE.",
         )
     if "config.json" in held or any(any(out.glob(pattern)) for pattern in WEIGHTS):
-        if _is_same(source, out):
+        if _is_same(source, out, tokenizer_dir):
             note(f"{out} is this model already.")
             return
         if not replace_other:
@@ -46,7 +49,7 @@ def copy_model(source: ModelDir, out_dir: str, *, replace_other: bool) -> None:
                 {"--force_conversion": "true"},
             )
     try:
-        _write(source, out)
+        _write(source, out, tokenizer_dir)
     except UserError as error:
         raise UserError(
             f"{error} Or leave --out_dir out, which is for a copy that other tools read."
@@ -75,8 +78,8 @@ def _refuse_own_files(source: ModelDir, out: Path) -> None:
         model = model.base
 
 
-def _is_same(source: ModelDir, out: Path) -> bool:
-    """Whether a Hugging Face directory holds the same model, bit for bit."""
+def _is_same(source: ModelDir, out: Path, tokenizer_dir: str | None) -> bool:
+    """Whether a Hugging Face directory holds the same model, bit for bit, and that tokenizer."""
     if out.resolve() == source.path.resolve():
         return source.kind == "huggingface"
     try:
@@ -84,12 +87,16 @@ def _is_same(source: ModelDir, out: Path) -> bool:
         compare_config(source.config, held.config)
         parameters = source.parameters()
         compare_weights(parameters, held.parameters(), parameters["embed.weight"].dtype)
+        if tokenizer_dir is not None:
+            asked = Tokenizer.load(tokenizer_dir)
+            if Tokenizer.load(out).digest != asked.digest:
+                return False
     except (UserError, RunError):
         return False
     return held.kind == "huggingface"
 
 
-def _write(source: ModelDir, out: Path) -> None:
+def _write(source: ModelDir, out: Path, tokenizer_dir: str | None) -> None:
     """The files, built in a folder of their own and then moved, `config.json` last."""
     partial = out / PARTIAL
     shutil.rmtree(partial, ignore_errors=True)
@@ -98,7 +105,13 @@ def _write(source: ModelDir, out: Path) -> None:
         note(f"Writing the model to {out} as a Hugging Face directory …")
         said = io.StringIO()  # names the folder that goes
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            export(Export(checkpoint_dir=str(source.path), output_dir=str(partial)))
+            export(
+                Export(
+                    checkpoint_dir=str(source.path),
+                    output_dir=str(partial),
+                    tokenizer_dir=tokenizer_dir,
+                )
+            )
         (out / "config.json").unlink(missing_ok=True)
         for pattern in WEIGHTS:
             for old in out.glob(pattern):

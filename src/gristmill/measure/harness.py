@@ -14,7 +14,8 @@ import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:  # it imports torch, which a list of tasks need not wait for
     from gristmill.measure.subject import Subject
 
 PACKAGE = "lm_eval"
+SUBJECT = "gristmill.measure.subject"
+SEED = 1234
+"""What the package draws with unless it is told."""
 OFFLINE = (
     *("ConnectionError", "ConnectError", "ConnectTimeout", "ReadTimeout", "MaxRetryError"),
     *("OfflineModeIsEnabled", "LocalEntryNotFoundError", "gaierror", "TimeoutException"),
@@ -90,7 +94,7 @@ def run(
     if not sys.stderr.isatty():
         # Its bars are for terminals, and torch has imported theirs before a variable could say so.
         lm_eval.api.task.tqdm = lambda items, **_: items
-    with _in_words(lambda: subject.is_asked):
+    with _in_words():
         results = evaluate(
             lm=_language_model(subject),
             task_dict=tasks,
@@ -98,7 +102,7 @@ def run(
             log_samples=cfg.log_samples,
             system_instruction=cfg.system_instruction,
             apply_chat_template=cfg.apply_chat_template,
-            fewshot_as_multiturn=True,
+            fewshot_as_multiturn=cfg.fewshot_as_multiturn is not False,
             confirm_run_unsafe_code=cfg.confirm_run_unsafe_code,
         )
     assert results is not None, "the only process has the results"
@@ -147,10 +151,8 @@ def _manager(folders: Sequence[str] | None) -> Any:
 
 def _loaded(names: Sequence[str], folders: Sequence[str], cfg: Evaluate) -> Any:
     """The tasks with their data, as many examples in front of a question as asked for."""
-    import numpy as np
-    import torch
-
-    with _in_words(lambda: False):
+    _seed(cfg.seed)
+    with _in_words():
         loaded = _manager(folders).load(list(names))
         settings = _settings(cfg.gen_kwargs)
         for task in loaded["tasks"].values():
@@ -160,11 +162,18 @@ def _loaded(names: Sequence[str], folders: Sequence[str], cfg: Evaluate) -> Any:
             # One that is defined to have none makes no sense with some.
             if defined is None or (cfg.num_fewshot is not None and defined != 0):
                 task.set_config(key="num_fewshot", value=cfg.num_fewshot or 0)
-            task.set_fewshot_seed(seed=cfg.seed)
-    random.seed(cfg.seed)
-    np.random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
+            task.set_fewshot_seed(seed=SEED if cfg.seed is None else cfg.seed)
     return loaded
+
+
+def _seed(seed: int | None) -> None:
+    """Seed what tasks draw from when they lay out their documents, as `lm_eval` does by default."""
+    import numpy as np
+    import torch
+
+    random.seed(0 if seed is None else seed)
+    np.random.seed(SEED if seed is None else seed)
+    torch.manual_seed(SEED if seed is None else seed)
 
 
 def _settings(text: str | None) -> dict[str, Any]:
@@ -194,17 +203,19 @@ def _listed(parts: Sequence[Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _in_words(asked: Callable[[], bool]) -> Iterator[None]:
-    """Errors of the package in our words; `asked`: whether the model is already at work."""
+def _in_words() -> Iterator[None]:
+    """Errors of the package in our words, those of our own computing as they are."""
     try:
         yield
     except (UserError, RunError):
         raise
     except Exception as error:
-        told = _told(error, asked())
-        if told is None:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if any(frame.f_globals.get("__name__") == SUBJECT for frame in frames):
             raise
-        raise told from error
+        configs = [getattr(frame.f_locals.get("self"), "config", None) for frame in frames]
+        names = [name for config in configs if isinstance(name := getattr(config, "task", 0), str)]
+        raise _told(error, f"the task {names[-1]}" if names else "a task") from error
 
 
 def _language_model(subject: Subject) -> Any:
@@ -238,8 +249,8 @@ def _language_model(subject: Subject) -> Any:
     return Model()
 
 
-def _told(error: Exception, asked: bool) -> UserError | RunError | None:
-    """An error of the package in our words; None where it is of the model's computing."""
+def _told(error: Exception, task: str) -> UserError | RunError:
+    """An error of the package's in our words; `task`: whose it is."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
@@ -249,13 +260,13 @@ def _told(error: Exception, asked: bool) -> UserError | RunError | None:
     words = " ".join(str(error).split())[:300]
     if kinds & set(OFFLINE):
         return RunError(
-            f"the data of a task could not be fetched, the hub was not reached ({words}). Connect "
+            f"the data of {task} could not be fetched, the hub was not reached ({words}). Connect "
             "and try again; data fetched before are found with HF_HUB_OFFLINE=1, and tasks on "
             "files of your own work with --include_path."
         )
     if kinds & set(ABSENT):
         return RunError(
-            f"the data of a task cannot be had ({words}). If its page on the hub asks for terms to "
+            f"the data of {task} cannot be had ({words}). If its page on the hub asks for terms to "
             "be accepted, accept them there and give --access_token or set HF_TOKEN."
         )
     if "unsafe" in words and "confirm_run_unsafe_code" in words:
@@ -264,9 +275,7 @@ def _told(error: Exception, asked: bool) -> UserError | RunError | None:
             "Allow it with --confirm_run_unsafe_code true.",
             {"--confirm_run_unsafe_code": "true"},
         )
-    if asked:
-        return None
     return UserError(
-        f"a task could not be set up ({type(error).__name__}: {words}). Correct its definition, or "
-        "leave it out; --debug shows where it happened."
+        f"{task} failed ({type(error).__name__}: {words}). Correct its definition, or leave it "
+        "out; --debug shows where it happened."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import itertools
 import json
@@ -10,16 +11,18 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gristmill import __version__
 from gristmill.config.evaluate import Evaluate
+from gristmill.formats.source import ModelDir
 from gristmill.measure import harness
 from gristmill.measure.subject import Subject
-from gristmill.formats.source import ModelDir
 from gristmill.util.errors import RunError, UserError
 
-FILE, FOLDER, SAMPLES = "results.json", "evaluate", ".samples"
+FILE, FOLDER, SAMPLES, ANSWERS = "results.json", "evaluate", ".samples", ".answers"
 
 
 class Results:
@@ -40,23 +43,30 @@ class Results:
                 "with --save_filepath."
             )
 
-    def save(self, measured: Mapping[str, Any], subject: Subject) -> str:
-        """Keep them; the line that sums them up and says where they are.
+    def save(self, measured: Mapping[str, Any], subject: Subject) -> dict[str, Any]:
+        """Keep them, older ones in their place with a number; what was kept, samples aside.
 
-        Older ones in their place are kept with a number.
+        Raises RunError where they cannot be kept.
         """
         whole = dict(measured)
         samples = whole.pop("samples", None) or {}
-        whole["config"] = {**whole.get("config", {}), **subject.describe()}
+        whole["config"] = {**subject.describe(), "options": _options(self.cfg)}
+        whole["date"] = datetime.now(UTC).isoformat(timespec="seconds")
+        whole["gristmill_version"] = __version__
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._write(harness.to_json(whole) + "\n", samples)
         except OSError as error:
             raise RunError(
-                f"the results could not be kept in {self.path} ({error.strerror}). They are in the "
-                "table above."
+                f"the results could not be kept in {self.path} ({error.strerror}). Make room there "
+                "and give the same command again."
             ) from None
-        return f"{_summary(whole)} ({self.path})"
+        return whole
+
+    @property
+    def answers_path(self) -> Path:
+        """Where answers are kept until there are results."""
+        return self.path.with_suffix(ANSWERS)
 
     def _write(self, text: str, samples: Mapping[str, Any]) -> None:
         """Both under names that nobody else has, and then in their places."""
@@ -150,7 +160,14 @@ def _line(document: Any) -> str:
     return json.dumps(json.loads(harness.to_json(document)), ensure_ascii=False) + "\n"
 
 
-def _summary(measured: Mapping[str, Any]) -> str:
+def _options(cfg: Evaluate) -> dict[str, Any]:
+    """The options that were given, but for keys: what tells this evaluation from another."""
+    given = dataclasses.asdict(cfg)
+    usual = dataclasses.asdict(Evaluate())
+    return {k: v for k, v in given.items() if v != usual[k] and k != "access_token"}
+
+
+def summary(measured: Mapping[str, Any]) -> str:
     """The main figure of each task or group, in one line: the last that a log shows."""
     shown = {**measured.get("results", {}), **measured.get("groups", {})}
     parts = []

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gristmill.measure.rows import Group, Ids, Row, batches, plan
 from gristmill.infer.load import LoadedModel
+from gristmill.measure.rows import Group, Ids, Row, batches, plan
 from gristmill.models.forest import Beginning, Forest, can_share, forest_hidden
 from gristmill.util.errors import RunError, UserError
 
@@ -38,6 +38,10 @@ class Answer(NamedTuple):
 
     log_likelihood: float
     is_greedy: bool
+
+
+Found = Sequence[tuple[int, Answer]]
+"""Numbers of queries, and their answers."""
 
 
 @dataclass
@@ -66,9 +70,9 @@ class Scorer:
         self._autocast = loaded.precision == "bf16-mixed"
 
     def answers(
-        self, queries: Sequence[Query], progress: Callable[[int], None] | None = None
+        self, queries: Sequence[Query], done: Callable[[Found], None] | None = None
     ) -> list[Answer]:
-        """One answer each; `progress` is told how many more are done.
+        """One answer each; `done` is told of each batch what was found.
 
         What does not fit into the model's context loses its beginning. Raises UserError for a
         continuation that is longer than the context, RunError when memory is too small.
@@ -84,13 +88,13 @@ class Scorer:
             share=can_share(self.loaded.model.config),
         )
         for group in groups:
-            batch_tokens = self._run_group(group, sheet, batch_tokens, progress)
+            batch_tokens = self._run_group(group, sheet, batch_tokens, done)
         if self.batch_size == "auto":
             self._limit = batch_tokens
         self.work.queries += len(queries)
         self.work.shortened += sheet.shortened
         self.work.tokens += sum(len(sheet.texts[i]) for i in sheet.text_of)
-        return sheet.answers()
+        return [sheet.answer(query) for query in range(len(queries))]
 
     @torch.inference_mode()
     def _run_group(
@@ -98,7 +102,7 @@ class Scorer:
         group: Group,
         sheet: _Sheet,
         batch_tokens: int,
-        progress: Callable[[int], None] | None,
+        done: Callable[[Found], None] | None,
     ) -> int:
         """Answer the queries of a group; the tokens at a time for which memory was enough."""
         beginning = self._read(group.beginning)
@@ -106,7 +110,7 @@ class Scorer:
         while left:
             for rows in batches(left, batch_tokens):
                 try:
-                    done = self._run(rows, beginning, sheet)
+                    found = self._run(rows, beginning, sheet)
                 except torch.OutOfMemoryError:
                     if len(rows) == 1:
                         raise RunError(
@@ -117,8 +121,8 @@ class Scorer:
                     torch.cuda.empty_cache()
                     break
                 left = left[len(rows) :]
-                if progress is not None:
-                    progress(done)
+                if done is not None:
+                    done(found)
         return batch_tokens
 
     def _read(self, ids: Ids) -> Beginning | None:
@@ -132,8 +136,8 @@ class Scorer:
         with self._precision():
             return Beginning(model, tokens, dtype)
 
-    def _run(self, rows: Sequence[Row], beginning: Beginning | None, sheet: _Sheet) -> int:
-        """Answer the queries of some rows; how many they were."""
+    def _run(self, rows: Sequence[Row], beginning: Beginning | None, sheet: _Sheet) -> Found:
+        """Answer the queries of some rows."""
         forest = _forest(rows)
         self.work.computed += forest[0].size
         width = forest[0].shape[1]
@@ -146,7 +150,8 @@ class Scorer:
             hidden = hidden[torch.from_numpy(nodes).to(device)]
             found, likeliest = self._log_probabilities(hidden, place, pairs.targets)
         sheet.enter(pairs.queries, found, likeliest)
-        return sum(len(sheet.queries_of[number]) for row in rows for number, _ in row.texts)
+        numbers = [number for row in rows for number, _ in row.texts]
+        return [(query, sheet.answer(query)) for n in numbers for query in sheet.queries_of[n]]
 
     def _log_probabilities(
         self, hidden: Tensor, place: Ids, targets: Ids
@@ -247,9 +252,9 @@ class _Sheet:
         np.add.at(self._sums, queries, log_probabilities)
         np.logical_and.at(self._greedy, queries, likeliest)
 
-    def answers(self) -> list[Answer]:
-        """One for each query."""
-        return [Answer(float(s), bool(g)) for s, g in zip(self._sums, self._greedy, strict=True)]
+    def answer(self, query: int) -> Answer:
+        """What was found for a query."""
+        return Answer(float(self._sums[query]), bool(self._greedy[query]))
 
 
 def _forest(rows: Sequence[Row]) -> tuple[Ids, Ids, Ids, Ids]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from gristmill.infer.load import LoadedModel, load, note, open_tokenizer, use_few_threads
 from gristmill.measure.encode import Encoder
-from gristmill.measure.score import Answer, Query, Scorer
+from gristmill.measure.kept import Kept
+from gristmill.measure.score import Answer, Found, Query, Scorer
 from gristmill.measure.write import Prompt, Writer
-from gristmill.formats.tokenizer_files import load_tokenizer
-from gristmill.infer.load import LoadedModel, load, note, use_few_threads
 from gristmill.tokenizer import chat
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
@@ -30,19 +31,28 @@ class Subject:
         precision: str,
         batch_size: int | str,
         seed: int,
+        tokenizer_dir: str | None = None,
+        quantize: Literal["int8", "int4"] | None = None,
+        kept: Kept | None = None,
         remark: str | None = None,
     ) -> None:
         self.path, self.device, self.precision = path, device, precision
-        self.batch_size, self.seed, self._remark = batch_size, seed, remark
-        self.is_asked = False
-        """Whether a question came yet."""
-        self.tokenizer: Tokenizer = load_tokenizer(path)
+        self.batch_size, self.seed, self.quantize = batch_size, seed, quantize
+        self.tokenizer_dir, self._remark = tokenizer_dir, remark
+        self.tokenizer: Tokenizer = open_tokenizer(path, tokenizer_dir)[0]
         self._encoder = Encoder(self.tokenizer)
+        self._kept = kept or Kept(None)
 
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
-        loaded = load(self.path, self.device, self.precision)
+        loaded = load(
+            self.path,
+            self.device,
+            self.precision,
+            tokenizer_dir=self.tokenizer_dir,
+            quantize=self.quantize,
+        )
         use_few_threads(loaded)
         note(loaded.summary())
         if self._remark is not None:
@@ -57,26 +67,35 @@ class Subject:
     @cached_property
     def writer(self) -> Writer:
         """What writes."""
-        return Writer(self.loaded, self.batch_size, self.seed)
+        return Writer(self.loaded, self.batch_size)
 
     def answers(self, pairs: Sequence[tuple[str, str]]) -> list[Answer]:
         """For each (context, continuation) the continuation's log-likelihood behind it."""
-        self.is_asked = True
         queries = [self._encoder.query(context, continuation) for context, continuation in pairs]
-        self._check(queries)
-        with _Progress(len(queries), "answers computed") as progress:
-            return self.scorer.answers(queries, progress)
+        return self._scored(queries, "answers computed")
 
     def likelihoods(self, texts: Sequence[str]) -> list[float]:
         """For each text its log-likelihood, in windows as long as the model's context."""
-        self.is_asked = True
         limit = self.loaded.limit
         windows = [list(self._encoder.windows(text, limit)) for text in texts]
         queries = [query for part in windows for query in part]
-        self._check(queries)
-        with _Progress(len(queries), "windows computed") as progress:
-            answers = iter(self.scorer.answers(queries, progress))
+        answers = iter(self._scored(queries, "windows computed"))
         return [sum(next(answers).log_likelihood for _ in part) for part in windows]
+
+    def _scored(self, queries: Sequence[Query], what: str) -> list[Answer]:
+        """One answer each: what is kept, and the rest computed."""
+        self._check(queries)
+        keys = [self._kept.key(*query) for query in queries]
+        found = {n: Answer(*held) for n, held in enumerate(self._kept.find(keys)) if held}
+        left = [n for n in range(len(queries)) if n not in found]
+        with _Progress(len(left), what) as progress:
+
+            def done(new: Found) -> None:
+                self._kept.put((keys[left[n]], answer) for n, answer in new)
+                progress(len(new))
+
+            found |= zip(left, self.scorer.answers([queries[n] for n in left], done))
+        return [found[n] for n in range(len(queries))]
 
     def _check(self, queries: Sequence[Query]) -> None:
         """Raise UserError for ids without a row in the model: computing them ends the process."""
@@ -85,9 +104,24 @@ class Subject:
 
     def texts(self, prompts: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
         """What the model writes after each prompt, by the settings beside it."""
-        self.is_asked = True
-        with _Progress(len(prompts), "texts written") as progress:
-            return self.writer.texts([Prompt(*prompt) for prompt in prompts], progress)
+        asked = [Prompt(*prompt, self.seed + n) for n, prompt in enumerate(prompts)]
+        keys = [self._text_key(prompt) for prompt in asked]
+        found = {n: held[0] for n, held in enumerate(self._kept.find(keys)) if held}
+        left = [n for n in range(len(asked)) if n not in found]
+        with _Progress(len(left), "texts written") as progress:
+
+            def done(number: int, text: str) -> None:
+                self._kept.put([(keys[left[number]], [text])])
+                progress(1)
+
+            found |= zip(left, self.writer.texts([asked[n] for n in left], done))
+        return [found[n] for n in range(len(asked))]
+
+    def _text_key(self, prompt: Prompt) -> str:
+        """What a text is kept by: the seed counts where it is drawn."""
+        sampling = self.writer.sampling(prompt.settings)
+        seed = prompt.seed if sampling.temperature else None
+        return self._kept.key(prompt.text, self.tokenizer.digest, replace(sampling, seed=seed or 0))
 
     def rendered(self, messages: Sequence[Mapping[str, str]], *, for_reply: bool) -> str:
         """A conversation by the model's chat template, up to where the reply begins.
@@ -118,6 +152,7 @@ class Subject:
             "model_args": {"path": str(self.path)},
             "device": str(self.loaded.device),
             "precision": self.loaded.precision,
+            "quantize": self.quantize,
             "batch_size": self.batch_size,
         }
 
@@ -153,7 +188,8 @@ class Subject:
 
 
 class _Progress:
-    """Counts what is done on a terminal's last line, and says at the end how long it took."""
+    """Counts what is done on a terminal's last line, elsewhere in a line a minute; says at the end
+    how long it took."""
 
     def __init__(self, total: int, what: str) -> None:
         self.total, self.what, self.done = total, what, 0
@@ -163,12 +199,16 @@ class _Progress:
     def __call__(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if self._live and now - self._shown > 0.5:
-            self._shown = now
-            left = (now - self._start) * (self.total - self.done) / self.done
-            text = f"{self.done:,} of {self.total:,} {self.what}, {left:.0f} s left"
+        if now - self._shown < (0.5 if self._live else 60):
+            return
+        self._shown = now
+        left = (now - self._start) * (self.total - self.done) / self.done
+        text = f"{self.done:,} of {self.total:,} {self.what}, {left:.0f} s left"
+        if self._live:
             sys.stderr.write(f"\r{text:<70}")
             sys.stderr.flush()
+        else:
+            note(text)
 
     def __enter__(self) -> _Progress:
         return self
@@ -176,6 +216,6 @@ class _Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._live and self._shown > self._start:
             sys.stderr.write(f"\r{'':<70}\r")
-        if kind is None:
+        if kind is None and self.total:
             seconds = time.monotonic() - self._start
             note(f"{self.total:,} {self.what} in {seconds:.1f} s")

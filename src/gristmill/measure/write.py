@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gristmill.config.use_commands import Sampling
-from gristmill.measure.encode import Encoder
 from gristmill.infer.load import LoadedModel
 from gristmill.infer.many import Ending, Task, choose_rows, write_texts
+from gristmill.measure.encode import Encoder
 from gristmill.util.errors import UserError
 
 MAX_NEW_TOKENS = 256
@@ -25,21 +25,22 @@ class Prompt(NamedTuple):
 
     text: str
     settings: Mapping[str, Any]
+    seed: int = 0
 
 
 class Writer:
     """Writes what tasks ask for with a model, several texts at a time."""
 
-    def __init__(self, loaded: LoadedModel, batch_size: int | str, seed: int) -> None:
-        self.loaded, self.batch_size, self.seed = loaded, batch_size, seed
+    def __init__(self, loaded: LoadedModel, batch_size: int | str) -> None:
+        self.loaded, self.batch_size = loaded, batch_size
         self.shortened = 0
         """Prompts that lost their beginning to leave room for what is written."""
         self._encoder = Encoder(loaded.tokenizer)
 
     def texts(
-        self, prompts: Sequence[Prompt], progress: Callable[[int], None] | None = None
+        self, prompts: Sequence[Prompt], done: Callable[[int, str], None] | None = None
     ) -> list[str]:
-        """What follows each prompt, without the text that ended it.
+        """What follows each prompt, without the text that ended it; `done` is told of each.
 
         Raises UserError for settings that this cannot do, and for more new tokens than the model's
         context has.
@@ -50,7 +51,7 @@ class Writer:
             alike.setdefault(key, []).append(number)
         written = [""] * len(prompts)
         for numbers in alike.values():
-            self._write(prompts, numbers, written, progress)
+            self._write(prompts, numbers, written, done)
         return written
 
     def _write(
@@ -58,20 +59,20 @@ class Writer:
         prompts: Sequence[Prompt],
         numbers: Sequence[int],
         written: list[str],
-        progress: Callable[[int], None] | None,
+        done: Callable[[int, str], None] | None,
     ) -> None:
         """Continue the prompts of some numbers, which have their settings in common."""
-        sampling = self._sampling(prompts[numbers[0]].settings)
+        sampling = self.sampling(prompts[numbers[0]].settings)
         ids = {number: self._ids(prompts[number].text, sampling) for number in numbers}
         # Long ones first: the rows of a batch then end at about the same time.
         order = sorted(numbers, key=lambda number: -len(ids[number]))
-        tasks = [Task(ids[number], self.seed + number, goes_on=False) for number in order]
+        tasks = [Task(ids[number], prompts[number].seed, goes_on=False) for number in order]
         rows = choose_rows(self.loaded, self.batch_size, tasks, sampling)
         for place, piece in write_texts(self.loaded, tasks, sampling, rows=rows):
             if not isinstance(piece, Ending):
                 written[order[place]] += piece
-            elif progress is not None:
-                progress(1)
+            elif done is not None:
+                done(order[place], written[order[place]])
 
     def _ids(self, text: str, sampling: Sampling) -> list[int]:
         room = self.loaded.limit - sampling.max_new_tokens
@@ -79,8 +80,8 @@ class Writer:
         self.shortened += len(ids) > room
         return self.loaded.checked(ids[-room:])
 
-    def _sampling(self, settings: Mapping[str, Any]) -> Sampling:
-        """The settings of a task in our words."""
+    def sampling(self, settings: Mapping[str, Any]) -> Sampling:
+        """The settings of a task in our words. Raises UserError for what cannot be done."""
         words = {key: value for key, value in settings.items() if value not in (None, "None")}
         stops = words.pop("until", [])
         stops = [stops] if isinstance(stops, str) else list(stops)
@@ -101,7 +102,7 @@ class Writer:
         sampling = Sampling(
             max_new_tokens=int(lengths[0]) if lengths else MAX_NEW_TOKENS,
             temperature=0.0 if drawn is False else temperature,
-            stop=list(dict.fromkeys([*stops, *([eos] if eos else [])])),
+            stop=list(dict.fromkeys(stop for stop in (*stops, eos) if stop)),
             **{"top_k": None, **known},
         )
         if sampling.max_new_tokens >= self.loaded.limit:

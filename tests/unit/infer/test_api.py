@@ -1,12 +1,16 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import gristmill
 from gristmill.config.commands import Prepare, Pretrain
+from gristmill.config.evaluate import Evaluate
+from gristmill.config.finetune import FinetuneAdapter, FinetuneLora
 from gristmill.config.sections import AdamW
+from gristmill.config.tuning_data import JSON, Alpaca2k
 from gristmill.config.use_commands import Generate
 from gristmill.util.errors import UserError
 
@@ -65,11 +69,48 @@ def test_commands_take_a_dataclass_or_settings(monkeypatch):
         gristmill.pretrain(train={"max_token": 9})
 
 
+def test_finetuning_takes_records_by_file_or_name(monkeypatch):
+    seen = []
+    monkeypatch.setattr("gristmill.launch.start.train", seen.append)
+    gristmill.finetune_lora(checkpoint_dir=Path("m"), data="r.json", lora_r=4, train={"epochs": 1})
+    run = seen.pop()
+    assert (type(run), run.checkpoint_dir, run.lora_r) == (FinetuneLora, "m", 4)
+    assert run.data == JSON(json_path="r.json")
+    assert run.train.epochs == 1
+    gristmill.finetune_full(checkpoint_dir="m", data="Alpaca2k", optimizer={"lr": 0.5})
+    run = seen.pop()
+    assert (run.data, run.optimizer.lr) == (Alpaca2k(), 0.5)
+    gristmill.finetune_adapter(FinetuneAdapter(checkpoint_dir="m"))
+    assert seen.pop() == FinetuneAdapter(checkpoint_dir="m")
+    with pytest.raises(UserError, match=r"unknown setting \(lora_r\)"):
+        gristmill.finetune_full(lora_r=4)
+
+
+def test_evaluating_returns_the_results(monkeypatch):
+    seen = []
+    monkeypatch.setattr("gristmill.measure.command.measure", lambda cfg: seen.append(cfg) or {})
+    assert gristmill.evaluate(Path("m"), ["a", "b"], limit=3) == {}
+    assert seen.pop() == Evaluate(checkpoint_dir="m", tasks=["a", "b"], limit=3)
+    config = Evaluate(checkpoint_dir="m", tasks="a")
+    gristmill.evaluate(config)
+    assert seen.pop() is config
+    with pytest.raises(UserError, match=r"settings beside it \(tasks\)"):
+        gristmill.evaluate(config, "b")
+    with pytest.raises(UserError, match=r"unknown setting \(task\). Evaluate has: checkpoint_dir"):
+        gristmill.evaluate("m", task="a")
+
+
+def test_no_folder_takes_the_place_of_a_function():
+    """A package's name is set in its parent when it is imported, over what was there."""
+    folder = Path(gristmill.__file__).parent
+    assert not {name for name in gristmill.__all__ if (folder / name).exists()}
+
+
 def test_importing_the_package_and_its_names_imports_no_torch():
     code = (
-        "import sys, gristmill; gristmill.LLM, gristmill.pretrain, gristmill.prepare; "
+        "import sys, gristmill; [getattr(gristmill, name) for name in gristmill.__all__]; "
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
-        "assert {'LLM', 'pretrain', 'prepare'} <= set(dir(gristmill))"
+        "assert {'LLM', 'pretrain', 'evaluate'} <= set(dir(gristmill))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

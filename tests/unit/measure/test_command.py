@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from gristmill.cli import main
+from gristmill.formats.model_dir import load_model
 from gristmill.measure import harness, tasks
 from gristmill.measure.harness import Entry
-from gristmill.formats.model_dir import load_model
 
 from .models import write_model
 
@@ -75,6 +75,7 @@ def test_results_are_kept_and_older_ones_too(measure, tmp_path):
     newest = json.loads(file.read_text())
     assert newest["n-samples"]["my_pairs"]["effective"] == 5
     assert newest["config"]["precision"] == "32-true"
+    assert newest["config"]["options"]["limit"] == 5
     older = json.loads(file.with_name("r-1.json").read_text())
     assert older["n-samples"]["my_pairs"]["effective"] == 3
     assert len((tmp_path / "deep/r.samples/my_pairs.jsonl").read_text().splitlines()) == 5
@@ -169,6 +170,8 @@ def test_a_model_for_chats_is_asked_in_its_template(measure, model, other_model,
         (("--batch_size", "0"), "--batch_size 0 is no size"),
         (("--batch_size", "auto:x"), "--batch_size auto:x is no size"),
         (("--force_conversion", "true"), "is for the model in --out_dir"),
+        (("--fewshot_as_multiturn", "false"), "says how examples are put in a chat"),
+        (("--tokenizer_dir", "/nowhere"), "no tokenizer at /nowhere"),
         (("--dtype", "bfloat16", "--precision", "32-true"), "are not the same"),
         (("--device", "tpu"), "unknown device (tpu)"),
         (("--include_path", "/nowhere"), "--include_path /nowhere is no folder"),
@@ -176,14 +179,14 @@ def test_a_model_for_chats_is_asked_in_its_template(measure, model, other_model,
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_read(measure, monkeypatch, options, message):
-    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_, **__: pytest.fail("was read"))
     code, _, err = measure(*options)
     assert code == 2
     assert message in err
 
 
 def test_a_place_that_cannot_be_written(measure, monkeypatch, tmp_path):
-    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_: pytest.fail("was read"))
+    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_, **__: pytest.fail("was read"))
     code, _, err = measure("--save_filepath", tmp_path)
     assert code == 2
     assert f"--save_filepath {tmp_path / 'results.json'}" in err
@@ -209,12 +212,12 @@ def test_data_that_cannot_be_had(measure, own_tasks, tmp_path):
     (tmp_path / "far.yaml").write_text(text)
     code, _, err = measure("--include_path", tmp_path, task="far_away")
     assert code == 1
-    assert "the hub was not reached" in err
+    assert "the data of the task far_away could not be fetched, the hub was not reached" in err
     broken = (own_tasks / "my_pairs.yaml").read_text().replace("test_split: test", "test_split: x")
     (tmp_path / "far.yaml").write_text(broken.replace("my_pairs", "broken"))
     code, _, err = measure("--include_path", tmp_path, task="broken")
     assert code == 2
-    assert "a task could not be set up" in err
+    assert "the task broken failed (" in err
 
 
 def test_the_list_is_read_once(monkeypatch, tmp_path, capsys):

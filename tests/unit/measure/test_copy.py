@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from gristmill.measure.copy import copy_model
 from gristmill.formats.model_dir import load_model, open_model_dir
+from gristmill.measure.copy import copy_model
 from gristmill.util.errors import UserError
 
 from .models import write_model
