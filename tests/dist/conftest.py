@@ -1,7 +1,7 @@
 """Processes that work together: `ranks(4, function, *args)` runs a function on each of them.
 
-Four processes are started once and used again by every test. They are copies of one that has
-imported what takes long, and they end with the process of the tests, however that ends.
+Processes are started when they are first asked for and used again by every test. They are copies
+of one that has imported what takes long, and end with the process of the tests, however that ends.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PRELOADED = [
     "gristmill.parallel.parallelize",
     "torch.optim",
 ]
-MOST = 4
+MOST = 8
 TIMEOUT_S = 120.0
 
 
@@ -49,8 +49,7 @@ class Ranks:
         with the traceback of a rank that raised; the others are then ended.
         """
         assert world <= MOST, f"at most {MOST} processes"
-        if not self._workers:
-            self._start()
+        self._start(world - len(self._workers))
         with tempfile.TemporaryDirectory(prefix="gristmill-ranks-") as folder:
             for rank in range(world):
                 environment = {
@@ -70,10 +69,10 @@ class Ranks:
             pipe.close()
         self._workers = []
 
-    def _start(self) -> None:
+    def _start(self, count: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        for _ in range(MOST):
+        for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()

@@ -62,6 +62,23 @@ MESHES = {
 }
 
 
+THREE_AXES = {
+    "replicate 2, shard 2, tensor 2": {"replicate": 2, "tensor": 2},
+    "replicate 2, shard 2, context 2": {"replicate": 2, "context": 2},
+    "shard 2, context 2, tensor 2": {"context": 2, "tensor": 2},
+    "replicate 2, context 2, tensor 2": {"replicate": 2, "context": 2, "tensor": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", THREE_AXES)
+def test_three_axes_train_like_one_process(ranks, mesh):
+    case = Case(steps=2, documents=True, config=changed(tie_embeddings=True))
+    wanted = alone(case)
+    for result in ranks(8, train, replaced(case, sizes=THREE_AXES[mesh])):
+        assert_same(result, wanted)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_a_mesh_trains_like_one_process(ranks, mesh):
     world, sizes = MESHES[mesh]
@@ -227,6 +244,22 @@ def test_mixed_precision_agrees_as_far_as_bf16_goes(ranks, mesh, parts):
             assert gradient.dtype == torch.float32
             far = (gradient - wanted.gradients[name]).norm() / wanted.gradients[name].norm()
             assert far < 0.02, f"gradient of {name}: {far:.1e}"
+
+
+@pytest.mark.parametrize("mesh", ["shard 2", "hybrid 2x2", "tensor 2, shard 2", "context 2"])
+def test_weights_in_bf16_agree_as_far_as_that_goes(ranks, mesh):
+    world, sizes = MESHES[mesh]
+    case = Case(precision="bf16-true")
+    wanted = alone(case)
+    for result in ranks(world, train, replaced(case, sizes=sizes)):
+        assert result.losses == pytest.approx(wanted.losses, rel=5e-3)
+        assert all(
+            torch.equal(result.initial[name], wanted.initial[name]) for name in wanted.initial
+        )
+        for name, gradient in result.gradients.items():
+            assert gradient.dtype == torch.bfloat16
+            far = (gradient - wanted.gradients[name]).norm() / wanted.gradients[name].norm()
+            assert far < 0.05, f"gradient of {name}: {far:.1e}"
 
 
 def written(case: Case) -> list[int]:

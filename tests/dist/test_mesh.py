@@ -158,6 +158,7 @@ def test_rows_that_cannot_be_cut_are_refused():
     ("changes", "sizes"),
     [
         ({"moe": MOE}, {}),
+        ({"moe": MOE}, {"replicate": 2}),
         ({"moe": MOE}, {"context": 2}),
         ({"num_kv_heads": 4, "latent_attention": LATENT}, {}),
         ({"num_kv_heads": 4, "latent_attention": LATENT}, {"context": 2}),

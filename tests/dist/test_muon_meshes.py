@@ -14,7 +14,15 @@ from gristmill.parallel import gradients
 from gristmill.parallel.mesh import close_mesh, open_mesh
 from gristmill.train.step import update
 
-MESHES = {"shard 2": {}, "tensor 2": {"tensor": 2}, "replicate 2": {"replicate": 2}}
+MESHES = {
+    "shard 2": (2, {}),
+    "tensor 2": (2, {"tensor": 2}),
+    "replicate 2": (2, {"replicate": 2}),
+    "context 2": (2, {"context": 2}),
+    "hybrid 2x2": (4, {"replicate": 2}),
+    "tensor 2, shard 2": (4, {"tensor": 2}),
+    "context 2, tensor 2": (4, {"context": 2, "tensor": 2}),
+}
 
 
 def moves(case: Case) -> tuple[dict[str, Tensor], bool]:
@@ -45,7 +53,8 @@ def moves(case: Case) -> tuple[dict[str, Tensor], bool]:
 def test_updates_are_those_of_one_process(ranks, mesh, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     wanted, _ = moves(Case())
-    for found, skipped in ranks(2, moves, Case(sizes=MESHES[mesh])):
+    world, sizes = MESHES[mesh]
+    for found, skipped in ranks(world, moves, Case(sizes=sizes)):
         assert skipped
         for name, move in found.items():
             likeness = F.cosine_similarity(move.flatten(), wanted[name].flatten(), dim=0)

@@ -15,6 +15,7 @@ from gristmill.config.model import ModelConfig
 from gristmill.config.sections import AdamW, Parallel
 from gristmill.formats.model_dir import load_weights
 from gristmill.models.decoder import Decoder
+from gristmill.models.device import weight_dtype
 from gristmill.models.init import init_weights
 from gristmill.optim.build import build_optimizer
 from gristmill.parallel import gradients
@@ -86,7 +87,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def build(case: Case, mesh: Mesh) -> tuple[nn.Module, str]:
     """The decoder with its weights, on this mesh."""
     with torch.device("meta"):
-        model = Decoder(case.config).to(torch.float32)
+        model = Decoder(case.config).to(weight_dtype(case.precision))
         if case.method is not None:
             case.method.adapt(model)
     how = parallelize(

@@ -100,6 +100,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(kind, world, tmp_path, monke
     if kind != "crash":
         assert "Run the same command again" in capsys.readouterr().err
     assert main(pretrain(world, out)) == 0
+    assert f"weights   from {out / saved}" in capsys.readouterr().out
     assert final_weights(out) == final_weights(world / "run")
     assert [row["step"] for row in metrics(out)] == list(range(21))
     same = ("step", "loss", "grad_norm", "lr", "val_loss")

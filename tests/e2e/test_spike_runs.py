@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from small import final_weights, main, metrics, pretrain
 
 from gristmill.checkpoint.store import complete, read_record
+from gristmill.data.reading.corpus import Corpus, Part
 from gristmill.train import fit
 
 BATCH = 4
@@ -181,9 +183,27 @@ def test_several_ranks_go_back_together(world, tmp_path, monkeypatch):
     assert two[-1]["samples"] == 23 * BATCH
 
 
-def test_samples_are_refused_on_several_devices(world, tmp_path):
-    words = pretrain(world, tmp_path / "run", "--eval.sample_prompt", "The", "--devices", "2")
-    words = [sys.executable, "-m", "gristmill", *words]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "--eval.sample_prompt works on one device" in done.stderr
+def test_what_a_rewind_passes_over_counts_as_read(world, tmp_path, inject, capsys):
+    prepare = ["prepare", "textfiles", "--input_dir", str(world / "novels")]
+    prepare += ["--output_dir", str(tmp_path / "data")]
+    assert main([*prepare, "--tokenizer_dir", str(world / "tokenizer")]) == 0
+    num_samples = Corpus.open([Part(tmp_path / "data")]).stream(64).num_samples
+    words = pretrain(world, tmp_path / "run", "--train.on_spike", "rewind", *LOOK)
+    first = words.index("--data")
+    source = {"path": str(tmp_path / "data"), "max_epochs": 84 / num_samples}
+    mixture = ["--data", "Mixture", "--data.sources", json.dumps([source])]
+    words[first : first + 6] = mixture
+    inject({10 * BATCH})
+    assert main(words) == 0
+    # 20 steps would fit into 84 samples; 12 samples were passed over.
+    assert metrics(tmp_path / "run")[-1]["step"] == 18
+    assert read_record(complete(tmp_path / "run")[0])["samples"] == 84
+    assert "read as often as it may be" in capsys.readouterr().out
+    assert (tmp_path / "run/final/model.safetensors").is_file()
+    assert main(words) == 0
+    assert "A larger max_epochs of the source goes on" in capsys.readouterr().out
+    source["max_epochs"] = 1.0
+    mixture[-1] = json.dumps([source])
+    words[first : first + 4] = mixture
+    assert main(words) == 0
+    assert metrics(tmp_path / "run")[-1]["step"] == 20

@@ -71,10 +71,3 @@ def compile_blocks(
     for block in model.layers:
         block.compile(dynamic=False, options=options)
     model.compiled = True
-
-
-def uncompile_blocks(model: nn.Module) -> None:
-    """Take `compile_blocks` back, for a compiler that is there but fails."""
-    for block in model.layers:
-        block._compiled_call_impl = None
-    model.compiled = False

@@ -7,60 +7,71 @@ import dataclasses
 import torch
 from torch import nn
 
-from gristmill.parallel.compile import uncompile_blocks
+from gristmill.parallel.outcome import compare
 from gristmill.train.job import Job
 from gristmill.train.run import Run
 from gristmill.train.step import micro_step, update
 from gristmill.util.errors import UserError
 
 COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError)
+COMPILER, MEMORY = "compiler", "memory"
+OTHERS_WAIT_S = 120.0
+"""How long a rank whose step has failed waits for what the others say of theirs."""
+ALL_WAIT_S = 86_400.0
+"""And one whose step has worked: longer than anybody compiles."""
 
 
-def dry_run(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer) -> Job:
-    """The job with a micro-batch that fits the device, after compiling and allocating everything.
+def dry_run(run: Run) -> Job | None:
+    """Try a step after compiling and allocating everything; None where it works.
 
-    Weights, moments and step counts stay as they are. A typed micro-batch that does not fit is a
-    UserError; an `auto` one is halved. A compiler that fails is left out, and a line says so;
-    of several ranks all end with the option that helps, as their weights are half put together.
+    Else the job as it is to be tried on a model built anew: with half of an `auto` micro-batch
+    that did not fit, or without a compiler that failed. Weights, moments and step counts stay as
+    they are. Raises UserError for a typed micro-batch that does not fit. Several ranks do what one
+    of them has to, where all have left the step at one place; else all end with a UserError, as
+    those still in it wait for a rank that is gone.
     """
     job = run.job
-    while True:
-        error = _attempt(job, model, optimizer)
-        # A rank that fails alone would leave the others waiting: all do what one has to.
-        uncompile, too_large = run.ranks.largest(
-            isinstance(error, COMPILER_ERRORS), error is not None and _is_out_of_memory(error)
-        )
-        if error is not None and not (uncompile or too_large):
-            raise error
-        if not (uncompile or too_large):
-            return job
-        model.zero_grad(set_to_none=True)
-        if uncompile:
-            reason = str(error).strip().splitlines()[0] if error else "on another rank"
-            if run.mesh.world > 1:  # weights that were being put together stay half way
-                raise UserError(
-                    f"torch.compile failed ({reason}). Train without it.", {"--compile": "off"}
-                )
-            uncompile_blocks(model)
-            run.console.note(f"torch.compile failed, training goes on without it: {reason}")
-            continue
-        half = job.micro_batch_size // 2
-        if job.cfg.train.micro_batch_size != "auto" or half == 0 or run.mesh.world > 1:
+    kind, reason = _attempt(job, run.model, run.optimizer)
+    said, together = compare(
+        run.mesh,
+        job.device,
+        f"{job.micro_batch_size} {job.compiles}",
+        f"{kind} {reason}" if kind else "",
+        OTHERS_WAIT_S if kind else ALL_WAIT_S,
+    )
+    found = [words.partition(" ") for words in said if words]
+    if not found:
+        return None
+    if reasons := [reason for kind, _, reason in found if kind == COMPILER]:
+        if not together:
             raise UserError(
-                f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
-                f"does not fit in the memory of {job.device}. Use a smaller micro-batch.",
-                {"--train.micro_batch_size": max(1, half)},
-            ) from None
-        job = dataclasses.replace(job, micro_batch_size=half)
-        run.micro_batch_size = half
+                f"torch.compile failed ({reasons[0]}). Train without it.", {"--compile": "off"}
+            )
+        run.console.note(f"torch.compile failed, training goes on without it: {reasons[0]}")
+        return dataclasses.replace(job, compiles=False)
+    half = job.micro_batch_size // 2
+    what = f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
+    what += f"does not fit in the memory of {job.device}"
+    if job.cfg.train.micro_batch_size != "auto" or half == 0 or not together:
+        raise UserError(
+            f"{what}. Use a smaller micro-batch.", {"--train.micro_batch_size": max(1, half)}
+        )
+    run.console.note(f"{what}; {half} are tried")
+    run.micro_batch_size = half
+    return dataclasses.replace(job, micro_batch_size=half)
 
 
-def _attempt(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> Exception | None:
+def _attempt(job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    """What kind of failure a step ends with, and why; two empty words where it works."""
     try:
         _step(job, model, optimizer)
+    except COMPILER_ERRORS as error:
+        return COMPILER, (str(error).strip().splitlines() or [type(error).__name__])[0]
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        return error
-    return None
+        if _is_out_of_memory(error):
+            return MEMORY, ""
+        raise
+    return "", ""
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -35,7 +35,7 @@ def is_finished(run: Run) -> bool:
     print(
         f"{run.job.out_dir} is finished: {run.state.step:,} steps, {run.state.tokens:,} tokens. "
         f"The model is in {run.job.out_dir / FINAL if exportable else run.start_from}. "
-        f"A larger --train.{_limit(run)} goes on from here; --overwrite true starts again."
+        f"A larger {_limit(run)} goes on from here; --overwrite true starts again."
     )
     return True
 
@@ -59,9 +59,10 @@ def finish(run: Run, model: nn.Module) -> None:
             "Run the same command again to go on.",
         )
     if run.state.step < run.job.length.total_steps:
-        run.console.note(
-            f"--train.max_time is over at step {run.state.step:,}; a larger one goes on"
-        )
+        why = "a source has been read as often as it may be, with what rewinds passed over,"
+        if not run.out_of_data:
+            why = "--train.max_time is over"
+        run.console.note(f"{why} at step {run.state.step:,}; a larger {_limit(run)} goes on")
     # Several ranks together have their weights in what they have just saved, or nowhere.
     saved = step_path(run.job.out_dir, run.state.step)
     written = run.mesh.world == 1 or (saved / RECORD_NAME).is_file()
@@ -98,10 +99,10 @@ def _limit(run: Run) -> str:
     """The setting that ended the run."""
     train = run.job.cfg.train
     if run.state.step < run.job.length.total_steps:
-        return "max_time"
+        return "max_epochs of the source" if run.out_of_data else "--train.max_time"
     if train.max_steps is not None:
-        return "max_steps"
-    return "epochs" if train.epochs is not None else "max_tokens"
+        return "--train.max_steps"
+    return "--train.epochs" if train.epochs is not None else "--train.max_tokens"
 
 
 def _final_step(out_dir: Path) -> int | None:

@@ -6,6 +6,8 @@ settings ─ settle ─▶ job ─ build ─ resume ─ dry run ─▶ step · g
 
 from __future__ import annotations
 
+import gc
+import itertools
 import time
 
 import torch
@@ -42,16 +44,9 @@ def fit(job: Job) -> None:
     with Run(job) as run:
         if is_finished(run):
             return
-        job, mesh = run.job, run.mesh
-        keep_freed_memory(job.device)
-        model, how = build(job, mesh)
-        run.model = model
-        optimizer = run.optimizer = build_optimizer(model, job.cfg.optimizer, job.device)
-        if run.start_from is not None:
-            run.load(run.start_from)
-        announce(run, how)
-        job = run.job = dry_run(run, model, optimizer)
+        make_ready(run)
         run.begin()
+        job, mesh, model, optimizer = run.job, run.mesh, run.model, run.optimizer
         guard, speed = Guard(job.cfg.train), Throughput(job, mesh.world)
         if run.state.step == 0 and job.val and job.cfg.eval.initial_validation:
             run.log(validate(model, job, mesh, whole=False, stopping=run.stopping))
@@ -86,6 +81,25 @@ def fit(job: Job) -> None:
         finish(run, model)
 
 
+def make_ready(run: Run) -> None:
+    """Give the run its model and optimizer, filled, of which a step fits this device."""
+    keep_freed_memory(run.job.device)
+    for attempt in itertools.count():
+        run.model, how = build(run.job, run.mesh)
+        run.optimizer = build_optimizer(run.model, run.job.cfg.optimizer, run.job.device)
+        if run.start_from is not None:
+            run.load(run.start_from)
+        if attempt == 0:
+            announce(run, how)
+        changed = dry_run(run)
+        if changed is None:
+            return
+        # Anew, because weights that a step was putting together stay half way.
+        run.job = changed
+        del run.model, run.optimizer
+        gc.collect()
+
+
 def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
     """This rank's part of the decoder with fresh or given weights, and what was done to it.
 
@@ -98,7 +112,7 @@ def build(job: Job, mesh: Mesh) -> tuple[nn.Module, str]:
         model,
         mesh,
         job.device,
-        compile=job.cfg.compile,
+        compile=job.cfg.compile if job.compiles else "off",
         recompute=job.recompute,
         precision=job.precision,
     )

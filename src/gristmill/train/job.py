@@ -100,6 +100,10 @@ class Job:
     """The ids that ask the model for an answer to a text; None: the text's own."""
     stop_ids: frozenset[int] | None = None
     """Ids that end an answer; None: the tokenizer's."""
+    compiles: bool = True
+    """Whether the compiler does what it is asked for; false where it was seen to fail."""
+    most_samples: int | None = None
+    """After so many samples some source has been read as often as it may be; None: no limit."""
     bias_update_speed: float = 0.0
     """How far the selection biases of experts move at every step; 0: they stay."""
     about: dict[str, str] = field(default_factory=dict)

@@ -293,10 +293,17 @@ class Run:
         return self.complete() or self.stopping()
 
     def complete(self) -> bool:
-        """Whether the run has come to its end by steps or by time."""
+        """Whether the run has come to its end by steps, by time or by its data."""
         limit = self.job.length.max_time_s
         out_of_time = limit is not None and self.state.train_time_s >= limit
-        return out_of_time or self.state.step >= self.job.length.total_steps
+        return out_of_time or self.out_of_data or self.state.step >= self.job.length.total_steps
+
+    @property
+    def out_of_data(self) -> bool:
+        """Whether one more batch would read a source too often; only rewinds let it come so far."""
+        most = self.job.most_samples
+        after = self.state.samples + self.job.length.global_batch_size
+        return most is not None and after > most
 
     def stopping(self) -> bool:
         """Whether a signal has asked any rank to leave; all ranks ask at the same time."""

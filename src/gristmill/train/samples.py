@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from gristmill.checkpoint.ranks import ALONE, Ranks
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, generate_tokens
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -26,13 +28,15 @@ def write_samples(
     autocast: torch.dtype | None = None,
     encode: Callable[[str], list[int]] | None = None,
     stop_ids: frozenset[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """What the model writes after each prompt, begun with BOS or not, the prompt left out.
 
     The model is used as it stands, in its training type, and stays as it is; random choices come
     from a source of their own, the same at every call. Blocks run uncompiled: every new length
     would be compiled anew. `encode` makes the ids of a prompt, and `stop_ids` end a text, where
-    these are not the tokenizer's own.
+    these are not the tokenizer's own. Ranks that share the model do this together, and get the
+    same texts.
     """
     stop = frozenset(tokenizer.stop_ids) if stop_ids is None else stop_ids
     compiled, training = model.compiled, model.training
@@ -43,35 +47,63 @@ def write_samples(
     model.compiled = False
     try:
         with eager:
+            encode = encode or partial(tokenizer.encode, bos=bos)
             return [
-                _continued(model, tokenizer, ids, max_new_tokens, seed, autocast, stop)
-                for ids in map(encode or partial(tokenizer.encode, bos=bos), prompts)
+                _continued(
+                    _Together(model, ranks, autocast),
+                    tokenizer,
+                    encode(prompt),
+                    max_new_tokens,
+                    seed,
+                    stop,
+                )
+                for prompt in prompts
             ]
     finally:
         model.compiled = compiled
         model.train(training)
 
 
+class _Together(Context):
+    """A text that several ranks write with a model that they share: the first one's logits count.
+
+    So all choose the same tokens, whatever their sums have been rounded to.
+    """
+
+    def __init__(self, model: Decoder, ranks: Ranks, autocast: torch.dtype | None) -> None:
+        super().__init__(model, autocast=autocast)
+        self._ranks = ranks
+
+    def read(self, ids: Sequence[int]) -> Tensor:
+        """See `Context.read`."""
+        return self._of_main(super().read(ids))
+
+    def add(self, token: Tensor, token_id: int) -> Tensor:
+        """See `Context.add`."""
+        return self._of_main(super().add(token, token_id))
+
+    def _of_main(self, logits: Tensor) -> Tensor:
+        return self._ranks.main_says(logits.cpu()).to(self.device)
+
+
 def _continued(
-    model: Decoder,
+    context: Context,
     tokenizer: Tokenizer,
     ids: list[int],
     max_new_tokens: int,
     seed: int,
-    autocast: torch.dtype | None,
     stop_ids: frozenset[int],
 ) -> str:
-    device = model.embed.weight.device
     ids = ids or [tokenizer.eos_id or 0]
-    ids = ids[-max(1, model.config.max_seq_length - max_new_tokens) :]
+    ids = ids[-max(1, context.limit - max_new_tokens) :]
     new = generate_tokens(
-        Context(model, autocast=autocast),
+        context,
         ids,
         max_new_tokens=max_new_tokens,
         temperature=TEMPERATURE,
         top_k=TOP_K,
         eos_ids=stop_ids,
-        generator=torch.Generator(device).manual_seed(seed),
+        generator=torch.Generator(context.device).manual_seed(seed),
     )
     decoder = tokenizer.decoder()
     # The last few settle whether a leading space is one.

@@ -101,6 +101,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
         exportable=exportable,
         start_dir=_start_dir(cfg),
         tokenizer_files=_tokenizer_files(cfg, train_set, tokenizer_dir),
+        most_samples=train_set.most_samples(train),
         bias_update_speed=_bias_update_speed(cfg, model),
     )
     check_disk(job)

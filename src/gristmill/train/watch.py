@@ -1,6 +1,7 @@
 """What looks at a run from beside: a profile, sampled text, and evaluations of the user's own.
 
-None of it changes what is trained. All of it happens on rank 0, except that every rank is asked.
+None of it changes what is trained. All of it happens on rank 0, but for the text, which all ranks
+write together as they share the model.
 """
 
 from __future__ import annotations
@@ -87,13 +88,7 @@ class Watch:
             self._run.console.note(line)
 
     def _sampling_tokenizer(self) -> Tokenizer:
-        job, mesh = self._run.job, self._run.mesh
-        if mesh.world > 1:
-            raise UserError(
-                f"--eval.sample_prompt works on one device, and this run has {mesh.world}. Leave "
-                "it out; --eval.command can start `gristmill generate` on the newest checkpoint.",
-                {"--eval.sample_prompt": None},
-            )
+        job = self._run.job
         if job.tokenizer_dir is None:
             raise UserError(
                 "--eval.sample_prompt needs a tokenizer, and the dataset has none. Give "
@@ -112,6 +107,7 @@ class Watch:
         model = run.model
         assert isinstance(model, Decoder)
         mixed = job.precision == "bf16-mixed"
+        run.beat(f"the samples of step {run.state.step:,}", patient=True)
         texts = write_samples(
             model,
             self._tokenizer,
@@ -122,12 +118,13 @@ class Watch:
             autocast=torch.bfloat16 if mixed else None,
             encode=job.prompt_ids,
             stop_ids=job.stop_ids,
+            ranks=run.ranks,
         )
         for number, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
             name = "sample" if len(texts) == 1 else f"sample/{number + 1}"
             run.console.note(f"step {run.state.step:,}  {prompt}|{text}")
-            assert run.trackers is not None, "begin() comes before the first step"
-            run.trackers.text(name, f"{prompt}|{text}", run.state.step)
+            if run.trackers is not None:  # of rank 0
+                run.trackers.text(name, f"{prompt}|{text}", run.state.step)
 
 
 def _prompts(cfg: Training) -> list[str]:
