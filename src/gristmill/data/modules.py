@@ -121,7 +121,7 @@ def _prepared(data: LitData) -> Datasets:
         if data.val_data_path is not None:
             side, held = _sides(data.val_data_path)
             val = held or side
-        if val == train:
+        if val == train and Storage(data.data_path).exists("index.json"):
             raise UserError(
                 f"{val} is the training data, too: nothing would be held out. name another "
                 "--data.val_data_path, or leave it out."
