@@ -41,6 +41,19 @@ CASES |= {
     "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 16}),
     "llama-linear": ("Llama", {"rope_parameters": {**LINEAR, **THETA}}),
     "llama-yarn": ("Llama", {"rope_parameters": {**YARN, **THETA}}),
+    "llama-longrope": (
+        "Llama",
+        {
+            "rope_parameters": {
+                **THETA,
+                "rope_type": "longrope",
+                "factor": 6.0,  # not the ratio of the contexts
+                "original_max_position_embeddings": 16,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [1.0, 2.0, 3.0, 5.0],
+            }
+        },
+    ),
     "llama-gelu": ("Llama", {"hidden_act": "gelu", "rms_norm_eps": 1e-3}),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,6 +38,36 @@ class RopeScaling:
     """longrope: divisors of each frequency up to the original context."""
     long_factors: tuple[float, ...] | None = None
     """longrope: divisors of each frequency in longer contexts."""
+
+    def __post_init__(self) -> None:
+        """Equal scalings are equal: a factor that is the usual one becomes unset."""
+        if self.attention_factor == self.usual_attention_factor:
+            object.__setattr__(self, "attention_factor", None)
+
+    @property
+    def usual_attention_factor(self) -> float:
+        """What `attention_factor` is when unset, so that attention is as sharp in a long context.
+
+        YaRN (arXiv:2309.00071, section 3.4): 0.1 ln(factor) + 1, or the ratio of two such terms,
+        whose logarithms have weights. LongRoPE (arXiv:2402.13753):
+        sqrt(1 + ln(factor) / ln(original)). Others: 1.
+        """
+        grows = min(self.factor, self.original_max_seq_length) > 1
+        if self.kind not in ("yarn", "longrope") or not grows:
+            return 1.0
+        growth = math.log(self.factor)
+        if self.kind == "longrope":
+            return math.sqrt(1 + growth / math.log(self.original_max_seq_length))
+        if self.mscale and self.mscale_all_dim:
+            return (0.1 * self.mscale * growth + 1) / (0.1 * self.mscale_all_dim * growth + 1)
+        return 0.1 * growth + 1
+
+    @property
+    def table_factor(self) -> float:
+        """What cosine and sine are multiplied with, resolved."""
+        if self.attention_factor is None or self.kind not in ("yarn", "longrope"):
+            return self.usual_attention_factor
+        return self.attention_factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,8 +238,8 @@ class ModelConfig:
 
     bos_token_id: int | None = None
     """Beginning-of-sequence id, for `config.json`."""
-    eos_token_id: int | None = None
-    """End-of-sequence id, for `config.json`."""
+    eos_token_id: int | tuple[int, ...] | None = None
+    """End-of-sequence id, for `config.json`; where several end a text, all of them."""
 
     def __post_init__(self) -> None:
         """Equal models are equal: what a value would be when unset becomes unset."""
@@ -216,6 +247,8 @@ class ModelConfig:
             object.__setattr__(self, "num_kv_heads", None)
         if self.head_dim is not None and self.head_dim * self.num_heads == self.hidden_size:
             object.__setattr__(self, "head_dim", None)
+        if isinstance(self.eos_token_id, list | tuple) and len(self.eos_token_id) < 2:
+            object.__setattr__(self, "eos_token_id", next(iter(self.eos_token_id), None))
 
     @property
     def kv_heads(self) -> int:

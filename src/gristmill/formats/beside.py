@@ -62,19 +62,37 @@ def beside(target: Path) -> Iterator[Place]:
         os.close(handle)
 
 
+class NotWritten(RunError):
+    """A place that could not be written to."""
+
+    def __init__(self, place: Path, reason: object) -> None:
+        """Keep the reason, for who knows the place by another name."""
+        super().__init__(f"{place} could not be written ({reason}). Free space and try again.")
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Raises NotWritten with the name of `place` when the disk is full or refuses, whatever the
+    name of what is written on the way there."""
+    try:
+        yield
+    except NotWritten as error:
+        raise NotWritten(place, error.reason) from None
+    except OSError as error:
+        raise NotWritten(place, error.strerror or error) from None
+
+
 @contextlib.contextmanager
 def building(out: Path) -> Iterator[Path]:
     """A directory to fill, which becomes `out` when all went well, in place of one that is there.
 
-    Raises RunError when the disk is full or cannot be written to.
+    Raises NotWritten when the disk is full or cannot be written to.
     """
-    try:
-        with beside(out) as place:
-            place.new.mkdir()
-            yield place.new
-            place.finish()
-    except OSError as error:
-        raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
+    with writing(out), beside(out) as place:
+        place.new.mkdir()
+        yield place.new
+        place.finish()
 
 
 def _put_back(place: Place) -> None:

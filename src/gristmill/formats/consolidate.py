@@ -7,10 +7,11 @@ from pathlib import Path
 
 from gristmill.config.script_commands import Consolidate
 from gristmill.formats import litgpt
+from gristmill.formats.beside import writing
 from gristmill.formats.model_dir import open_model_dir
 from gristmill.formats.pickles import METADATA
 from gristmill.formats.torch_file import write_torch_file
-from gristmill.util.errors import RunError, UserError
+from gristmill.util.errors import UserError
 
 
 def consolidate(cfg: Consolidate) -> None:
@@ -37,12 +38,9 @@ def consolidate(cfg: Consolidate) -> None:
         shapes[name], dtypes[name] = tuple(tensor.shape), tensor.dtype
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        write_torch_file(part, shapes, dtypes, tensors.__getitem__)
-        os.replace(part, out)
-    except OSError as error:
-        raise RunError(
-            f"{out} could not be written ({error.strerror or error}). Mend that, try again."
-        ) from None
+        with writing(out):
+            write_torch_file(part, shapes, dtypes, tensors.__getitem__)
+            os.replace(part, out)
     finally:
         part.unlink(missing_ok=True)
     print(

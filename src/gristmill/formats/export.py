@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gristmill.config.commands import Convert, ConvertToLitgpt, Export
 from gristmill.config.model import ModelConfig
-from gristmill.formats.beside import beside
+from gristmill.formats.beside import beside, writing
 from gristmill.formats.compare import compare_config, compare_weights
 from gristmill.formats.litgpt import donor_note
 from gristmill.formats.model_dir import open_model_dir
@@ -63,12 +63,10 @@ def export(cfg: Export, source: ModelDir | None = None) -> None:
 def _failures(place: Path, state: str) -> Iterator[None]:
     """Ctrl-C and a full disk in words; `state`: what is there afterwards."""
     try:
-        yield
+        with writing(place):
+            yield
     except KeyboardInterrupt:
         raise Interrupted(2, f"stopped. {state}.") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"{place} could not be written ({reason}). Mend that, try again.") from None
 
 
 def convert_from_litgpt(cfg: Convert) -> None:

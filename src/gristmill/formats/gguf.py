@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from gristmill.config.model import ModelConfig
-from gristmill.formats.beside import beside
+from gristmill.formats.beside import beside, writing
 from gristmill.formats.source import Entry, ModelDir, Tensors, TheirTensors
 from gristmill.models import zoo
 from gristmill.models.zoo import gguf as table
 from gristmill.tokenizer import gguf_vocabulary
 from gristmill.tokenizer.tokenizer import Tokenizer
-from gristmill.util.errors import RunError, UserError
+from gristmill.util.errors import UserError
 from gristmill.util.gguf_header import AGAIN, Header, TensorInfo, find_gguf, read_header, shortest
 
 # The format's numbers of types that torch has too, and of the 8-bit one.
@@ -67,6 +67,7 @@ def find(place: Path) -> ModelDir | None:
         raise UserError(f"{path}: {error}") from None
     except (ArithmeticError, TypeError, ValueError) as error:  # numbers that cannot be
         raise UserError(f"{path} is damaged in its metadata ({error}). {AGAIN}") from None
+    config = replace(config, eos_token_id=gguf_vocabulary.stop_ids(header.metadata))
     tokens = gguf_vocabulary.num_tokens(header.metadata)
     if tokens is not None and tokens < config.vocab_size:
         config = replace(config, num_token_ids=tokens)
@@ -98,26 +99,21 @@ def write(
     library = _library(f"{path} cannot be written")
     out = Path(path)
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
-    if tokenizer is not None:
-        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
 
     def shapes(row: table.Architecture) -> dict[str, tuple[int, ...]]:
         return TheirTensors(row.table_for(config), config, tensors).shapes
 
     row = table.row_for(config, zoo.family(config.family).architecture, shapes)
     theirs = TheirTensors(row.table_for(config), config, tensors)
-    try:
-        with beside(out) as place:
-            writer = library.GGUFWriter(str(place.new), row.name)
-            try:
-                _add_metadata(writer, _general(config, dtype) | table.describe(row, config))
-                _add_metadata(writer, _tokenizer_words(tokenizer, config))
-                _write_tensors(library, writer, theirs, dtype)
-            finally:
-                writer.close()
-            place.finish()
-    except OSError as error:
-        raise RunError(f"{out} could not be written ({error}). Free space and try again.") from None
+    with writing(out), beside(out) as place:
+        writer = library.GGUFWriter(str(place.new), row.name)
+        try:
+            _add_metadata(writer, _general(config, dtype) | table.describe(row, config))
+            _add_metadata(writer, _tokenizer_words(tokenizer, config))
+            _write_tensors(library, writer, theirs, dtype)
+        finally:
+            writer.close()
+        place.finish()
 
 
 def _in_family(row: table.Architecture, config: ModelConfig) -> ModelConfig:

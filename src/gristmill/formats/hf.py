@@ -48,7 +48,7 @@ def write(
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     if tokenizer is not None:
         # The ids that end a text are the tokenizer's, whatever the architecture's table says.
-        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.stop_ids)
     words = zoo.family(config.family).to_hf_config(config)
     dtype = dtype or tensors["embed.weight"].dtype
     words["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -68,8 +68,7 @@ def write_companions(
     if tokenizer is not None:
         tokenizer.save(directory)
         _complete_tokenizer(directory, tokenizer)
-    stop_ids = () if tokenizer is None else tokenizer.stop_ids
-    texts = {"config.json": words, "generation_config.json": _generation(config, stop_ids)}
+    texts = {"config.json": words, "generation_config.json": _generation(config)}
     for name, value in texts.items():
         if value is not None:
             (directory / name).write_text(_json(value), encoding="utf-8")
@@ -114,13 +113,15 @@ def _shards(shapes: Shapes, itemsize: int, max_bytes: float) -> list[Shapes]:
     return shards
 
 
-def _generation(config: ModelConfig, stop_ids: tuple[int, ...]) -> dict[str, Any]:
+def _generation(config: ModelConfig) -> dict[str, Any]:
     """`generation_config.json`: where texts start and end, and the rows that never stand for one.
 
     The rows behind the last token id were never trained, and could win over trained ones.
     """
-    eos = list(stop_ids) if len(stop_ids) > 1 else config.eos_token_id
-    out: dict[str, Any] = {"bos_token_id": config.bos_token_id, "eos_token_id": eos}
+    out: dict[str, Any] = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+    }
     if config.token_ids < config.vocab_size:
         out["suppress_tokens"] = list(range(config.token_ids, config.vocab_size))
     return out

@@ -208,10 +208,9 @@ def _text_ends(directory: Path) -> Json:
             raw = json.loads((directory / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        ids = {f"{kind}_token_id": raw.get(f"{kind}_token_id") for kind in ("bos", "eos")}
-        first = {key: value[0] if isinstance(value, list) else value for key, value in ids.items()}
-        if any(value is not None for value in first.values()):
-            return first
+        ids = {key: raw.get(key) for key in ("bos_token_id", "eos_token_id")}
+        if any(value is not None for value in ids.values()):
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in ids.items()}
     return {}
 
 
@@ -253,7 +252,7 @@ def write(
     out = Path(out_dir)
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
     if tokenizer is not None:
-        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
+        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.stop_ids)
     known = zoo.models().get(config.name)
     settings = words(config, repository=known.repo if known else None)
     dtype = dtype or tensors["embed.weight"].dtype

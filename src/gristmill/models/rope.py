@@ -128,26 +128,6 @@ def _by_wavelength(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     return inverse * (keep + (1 - keep) / scaling.factor)
 
 
-def attention_factor(scaling: RopeScaling | None) -> float:
-    """What cosine and sine are multiplied with, so that attention is as sharp in a long context.
-
-    YaRN (arXiv:2309.00071, section 3.4): 0.1 ln(factor) + 1, or the ratio of two such terms, whose
-    logarithms have weights. LongRoPE (arXiv:2402.13753): sqrt(1 + ln(factor) / ln(original)).
-    """
-    if scaling is None or scaling.kind not in ("yarn", "longrope"):
-        return 1.0
-    if scaling.attention_factor is not None:
-        return scaling.attention_factor
-    if scaling.factor <= 1.0:
-        return 1.0
-    growth = math.log(scaling.factor)
-    if scaling.kind == "longrope":
-        return math.sqrt(1 + growth / math.log(scaling.original_max_seq_length))
-    if scaling.mscale and scaling.mscale_all_dim:
-        return (0.1 * scaling.mscale * growth + 1) / (0.1 * scaling.mscale_all_dim * growth + 1)
-    return 0.1 * growth + 1
-
-
 def rope_tables(
     config: ModelConfig, positions: Tensor, length: int | Tensor, *, local: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -155,15 +135,17 @@ def rope_tables(
 
     The axis of length one is where the heads go. `length` counts the tokens from the start of the
     context to the last position, or to the end of each token's document, int64 [B, T]. `local` asks
-    for the blocks with a sliding window. Both carry the `attention_factor` of the scaling.
+    for the blocks with a sliding window. Both carry the `table_factor` of the scaling.
     """
     # Products of two numbers each, which autocast leaves alone: bf16 angles would be wrong by whole
     # turns at long positions.
     inverse = frequencies(config, length, local=local, device=positions.device)
     angles = positions.float().unsqueeze(-1) * inverse
     cos, sin = angles.cos().unsqueeze(-2), angles.sin().unsqueeze(-2)
-    factor = 1.0 if local else attention_factor(config.rope_scaling)
-    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+    scaling = None if local else config.rope_scaling
+    if scaling is None or scaling.table_factor == 1.0:
+        return cos, sin
+    return cos * scaling.table_factor, sin * scaling.table_factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -72,6 +72,12 @@ def num_tokens(metadata: Mapping[str, Any]) -> int | None:
     return None if tokens is None else len(_real(metadata))
 
 
+def stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text, EOS first."""
+    ends = [metadata.get(f"tokenizer.ggml.{word}_token_id") for word in ("eos", "eot")]
+    return tuple(dict.fromkeys(i for i in ends if i is not None))
+
+
 def describe(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     """The metadata of a tokenizer, filled up to `vocab_size` tokens.
 
@@ -264,9 +270,7 @@ def _beside(metadata: Mapping[str, Any]) -> dict[str, str]:
         known = token_id is not None and 0 <= token_id < len(tokens)
         config[f"{role}_token"] = tokens[token_id] if known else None
     texts = {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=2) + "\n"}
-    ends = [metadata.get(f"tokenizer.ggml.{word}_token_id") for word in ("eos", "eot")]
-    stops = list(dict.fromkeys(i for i in ends if i is not None))
-    if stops:
+    if stops := stop_ids(metadata):
         texts["generation_config.json"] = json.dumps({"eos_token_id": stops}) + "\n"
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):

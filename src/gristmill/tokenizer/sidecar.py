@@ -21,6 +21,7 @@ FILES = (
     "vocab.json",
     "merges.txt",
 )
+GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,22 @@ class Sidecar:
 def read_sidecar(folder: Path) -> Sidecar:
     """What the files in `folder` say about the tokenizer there. Raises UserError for bad JSON."""
     config = read_json(folder / "tokenizer_config.json")
-    generation = read_json(folder / "generation_config.json")
+    generation = read_json(folder / GENERATION)
+    model = read_json(folder / "config.json")
     # In this order: the tokenizer's own words, then the ids that the model's files carry.
     by_name = (config, read_json(folder / "special_tokens_map.json"))
-    by_id = (generation, read_json(folder / "config.json"))
+    by_id = (generation, model)
     bos_known, bos = _first(by_name, by_id, "bos")
     eos_known, eos = _first(by_name, by_id, "eos")
     add_bos = config.get("add_bos_token")
+    # One id alone may be what an architecture has by default.
+    several = _ids(model.get("eos_token_id"))
     return Sidecar(
         bos=bos,
         eos=eos,
         bos_known=bos_known,
         eos_known=eos_known,
-        stop_ids=_ids(generation.get("eos_token_id")),
+        stop_ids=_ids(generation.get("eos_token_id")) or (several if len(several) > 1 else ()),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         chat_template=_chat_template(folder, config),
         added=tuple(_added(folder, config)),

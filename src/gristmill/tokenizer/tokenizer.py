@@ -13,7 +13,7 @@ from gristmill.tokenizer import gguf_vocabulary
 from gristmill.tokenizer.huggingface import HuggingFaceBackend
 from gristmill.tokenizer.long_text import Cutter, Encoded
 from gristmill.tokenizer.sentencepiece_model import SentencePieceBackend
-from gristmill.tokenizer.sidecar import FILES, Sidecar, read_sidecar
+from gristmill.tokenizer.sidecar import FILES, GENERATION, Sidecar, read_sidecar
 from gristmill.tokenizer.stream import StreamDecoder
 from gristmill.util.errors import UserError
 from gristmill.util.gguf_header import find_gguf
@@ -84,7 +84,7 @@ class Tokenizer:
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids that end a generated text: EOS, and all that generation_config.json names."""
+        """Ids that end a generated text: EOS, and all that the model's files name."""
         eos = () if self.eos_id is None else (self.eos_id,)
         return tuple(dict.fromkeys(eos + self._sidecar.stop_ids))
 
@@ -128,7 +128,10 @@ class Tokenizer:
         return StreamDecoder(partial(self.backend.decode, skip_special=skip_special))
 
     def save(self, directory: str | Path) -> None:
-        """Copy the tokenizer's own files to `directory`, which is made if needed."""
+        """Copy the tokenizer's own files to `directory`, which is made if needed.
+
+        What only the model's files beside it say goes into a `generation_config.json`.
+        """
         target = Path(directory)
         target.mkdir(parents=True, exist_ok=True)
         names = {name: self.path.parent / name for name in FILES}
@@ -137,6 +140,12 @@ class Tokenizer:
         for name, source in names.items():
             if source.is_file() and source.resolve() != (target / name).resolve():
                 shutil.copyfile(source, target / name)
+        is_elsewhere = target.resolve() != self.path.parent.resolve()
+        beside = (self._sidecar.bos, self._sidecar.eos)
+        is_said_beside = len(self.stop_ids) > 1 or any(isinstance(end, int) for end in beside)
+        if is_said_beside and is_elsewhere:
+            ends = {"bos_token_id": self.bos_id, "eos_token_id": self.stop_ids}
+            (target / GENERATION).write_text(json.dumps(ends) + "\n")
 
     def _resolve(
         self, named: str | int | None, known: bool, own: int | None, usual: tuple[str, ...]

@@ -14,7 +14,7 @@ from gristmill.checkpoint.save import Checkpointer
 from gristmill.config.commands import Convert, Export, TokenizerTrain
 from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.data.tokenizer_command import main as train_tokenizer
-from gristmill.formats import compare
+from gristmill.formats import beside, compare
 from gristmill.formats import export as command
 from gristmill.formats.beside import beside as build_beside
 from gristmill.formats.export import convert_from_litgpt, export
@@ -259,6 +259,18 @@ def test_nothing_half_is_left(run, tmp_path, monkeypatch, error):
     with pytest.raises(Exception, match="nothing is left|could not be written"):
         to(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("format", ["hf", "litgpt", "gguf"])
+def test_a_disk_that_fills_up_is_that_of_the_place_named(run, tmp_path, monkeypatch, format):
+    def fail(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(beside, "_sync_one", fail)
+    with pytest.raises(RunError) as told:
+        to(run, tmp_path / "out", format=format)
+    said = f"{tmp_path / 'out'} could not be written (No space left on device). Free space"
+    assert str(told.value).startswith(said)
 
 
 def test_the_old_export_stays_when_the_new_one_fails(run, tmp_path, monkeypatch):

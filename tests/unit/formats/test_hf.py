@@ -51,6 +51,12 @@ def test_directory_has_what_it_should(tmp_path):
     }
 
 
+def test_all_ids_that_end_a_text_are_written(tmp_path):
+    write(tmp_path / "final", replace(CONFIG, eos_token_id=(2, 5)))
+    for name in ("config.json", "generation_config.json"):
+        assert read(tmp_path / "final", name)["eos_token_id"] == [2, 5]
+
+
 def test_rows_without_a_token_are_never_generated(tmp_path):
     write(tmp_path / "final", replace(CONFIG, num_token_ids=61))
     assert read(tmp_path / "final", "generation_config.json")["suppress_tokens"] == [61, 62, 63]

@@ -90,7 +90,7 @@ def test_what_is_written_is_read(tmp_path):
 def test_biases_and_tied_matrices(tmp_path, name):
     shape = {"vocab_size": 50, "num_layers": 2, "hidden_size": 48, "intermediate_size": 40}
     heads = {"num_heads": 6, "num_kv_heads": None if name == "pythia-14m" else 3}
-    ids = {"num_token_ids": 47, "bos_token_id": 1, "eos_token_id": 2}
+    ids = {"num_token_ids": 47, "bos_token_id": 1, "eos_token_id": (2, 5)}
     config = replace(zoo.get(name), **shape, **heads, **ids)
     check(write(tmp_path / "out", config), config)
 

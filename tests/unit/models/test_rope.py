@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from gristmill.config.model import LatentAttention, ModelConfig, RopeScaling
-from gristmill.models.rope import (
-    apply_rope,
-    attention_factor,
-    frequencies,
-    rope_tables,
-    rotary_dim,
-)
+from gristmill.models.rope import apply_rope, frequencies, rope_tables, rotary_dim
 
 CONFIG = ModelConfig(hidden_size=64, num_heads=4)
 
@@ -161,7 +155,7 @@ def test_every_scaling_is_that_of_transformers(name, length, theta, fraction):
         rope_scaling=scaling,
     )
     torch.testing.assert_close(frequencies(config, length), expected, atol=0, rtol=1e-6)
-    assert attention_factor(scaling) == pytest.approx(factor, rel=1e-12)
+    assert scaling.table_factor == pytest.approx(factor, rel=1e-12)
     positions = torch.tensor([0, length - 1])
     cos, sin = rope_tables(config, positions, length)
     angles = positions[:, None, None].float() * frequencies(config, length)

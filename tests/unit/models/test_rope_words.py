@@ -1,5 +1,6 @@
 """Rotary settings of `config.json`: both generations, both directions, as transformers reads."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -88,6 +89,15 @@ def test_newer_files_say_the_same(name):
     written = kind(**common, **raw_of(config)).to_dict()
     assert "rope_scaling" not in written
     assert replace(replace(CONFIG, rope_theta=1.0), **parse_rope(written)) == config
+
+
+@pytest.mark.parametrize("attention", [None, 1.5])
+def test_a_factor_that_is_not_the_ratio_of_the_contexts(attention):
+    """transformers 4 takes the ratio instead, and what is multiplied by from the file."""
+    long = replace(SCALINGS["longrope"], factor=6.0, attention_factor=attention)
+    words = rope_words(replace(CONFIG, rope_scaling=long))["rope_scaling"]
+    expected = attention or math.sqrt(1 + math.log(6) / math.log(64))
+    assert words["attention_factor"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_missing_words_leave_the_default_of_the_architecture():

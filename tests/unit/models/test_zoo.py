@@ -1,3 +1,4 @@
+import json
 from dataclasses import asdict, replace
 from math import prod
 
@@ -282,10 +283,14 @@ def test_family_is_found_from_the_switches(name, family):
     assert zoo.family_for(replace(config, family="?")) == replace(config, family=family)
 
 
-def test_several_end_ids_read_as_the_first():
-    words = zoo.family("llama").to_hf_config(zoo.get("Llama-3.1-8B-Instruct"))
-    config = zoo.family("llama").from_hf_config(words | {"eos_token_id": [128009, 128001]})
-    assert config.eos_token_id == 128009
+def test_several_end_ids_are_kept():
+    llama = zoo.family("llama")
+    words = llama.to_hf_config(zoo.get("Llama-3.1-8B-Instruct"))
+    config = llama.from_hf_config(words | {"eos_token_id": [128009, 128001]})
+    assert config.eos_token_id == (128009, 128001)
+    assert llama.to_hf_config(config)["eos_token_id"] == [128009, 128001]
+    assert zoo.config_from_dict(json.loads(json.dumps(asdict(config)))) == config
+    assert replace(config, eos_token_id=(2,)) == replace(config, eos_token_id=2)
 
 
 def test_configuration_of_a_newer_version_is_refused():

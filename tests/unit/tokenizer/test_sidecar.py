@@ -46,6 +46,19 @@ def test_generation_config_counts_last_and_may_name_several(bare):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 2, (2, 1))
 
 
+def test_several_ids_of_the_model_itself_count_and_travel(bare, tmp_path):
+    write(bare, config={"bos_token_id": 0, "eos_token_id": [2, 1]})
+    Tokenizer.load(bare).save(tmp_path / "copy")
+    for folder in (bare, tmp_path / "copy"):
+        tokenizer = Tokenizer.load(folder)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (0, 2, (2, 1))
+
+
+def test_one_id_of_the_model_does_not_end_texts_of_a_tokenizer_that_names_another(bare):
+    write(bare, tokenizer_config={"eos_token": "<|endoftext|>"}, config={"eos_token_id": 2})
+    assert Tokenizer.load(bare).stop_ids == (1,)
+
+
 def test_an_explicit_null_means_none(bare):
     write(bare, tokenizer_config={"bos_token": None, "eos_token": "<|endoftext|>"})
     write(bare, generation_config={"bos_token_id": 2, "eos_token_id": 1})

@@ -101,7 +101,9 @@ class Family:
                 "Change these values: other tools could not load the model."
             )
         out: Json = {"architectures": [self.architecture], "model_type": self.model_type, **words}
-        out["bos_token_id"], out["eos_token_id"] = config.bos_token_id, config.eos_token_id
+        eos = config.eos_token_id
+        out["bos_token_id"] = config.bos_token_id
+        out["eos_token_id"] = list(eos) if isinstance(eos, tuple) else eos
         out["gristmill"] = {"name": config.name, "num_token_ids": config.num_token_ids}
         return out
 
@@ -109,6 +111,8 @@ class Family:
         """Our configuration of a `config.json`; UserError names a value that is not supported."""
         extra = raw.get("gristmill") or {}
         inner = raw if self.unwrap is None else self.unwrap(raw)
+        keys = ("bos_token_id", "eos_token_id")
+        bos, eos = (inner.get(key, raw.get(key)) for key in keys)
         if quantized := raw.get("quantization_config") or inner.get("quantization_config"):
             raise UserError(
                 "The weights are quantised (quantization_config, "
@@ -120,8 +124,8 @@ class Family:
             name=extra.get("name") or "custom",
             family=self.name,
             num_token_ids=extra.get("num_token_ids"),
-            bos_token_id=_first(inner.get("bos_token_id", raw.get("bos_token_id"))),
-            eos_token_id=_first(inner.get("eos_token_id", raw.get("eos_token_id"))),
+            bos_token_id=bos[0] if isinstance(bos, list) else bos,
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
         )
 
     def expresses(self, config: ModelConfig) -> bool:
@@ -184,8 +188,3 @@ def differences(config: ModelConfig, other: ModelConfig) -> list[str]:
         if getattr(config, resolved) != getattr(other, resolved):
             out.append(f"{name}={getattr(config, name)}")
     return out
-
-
-def _first(ids: int | list[int] | None) -> int | None:
-    """The first of several end-of-sequence ids; `generation_config.json` keeps them all."""
-    return ids[0] if isinstance(ids, list) else ids

@@ -195,7 +195,7 @@ def describe(row: Architecture, config: ModelConfig) -> dict[str, Any]:
         words["final_logit_softcapping"] = float(config.logit_softcap)
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "longrope":
-        words["rope.scaling.attn_factor"] = scaling.attention_factor or _growth(scaling)
+        words["rope.scaling.attn_factor"] = scaling.table_factor
     if scaling is not None and scaling.kind in ("llama3", "yarn", "longrope"):
         words["rope.scaling.original_context_length"] = scaling.original_max_seq_length
     if scaling is not None and scaling.kind in ("linear", "yarn"):
@@ -302,7 +302,6 @@ def _sizes(row: Architecture, metadata: Metadata, shapes: Shapes) -> dict[str, A
         "sliding_window": metadata.get(row.key("attention.sliding_window"))
         or metadata.get(_WINDOW),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
     if metadata.get(row.key("expert_count")):
         out["moe"] = MixtureOfExperts(
@@ -379,16 +378,9 @@ def _long_rope(row: Architecture, metadata: Metadata, values: Values, context: i
         short_factors=tuple(values(SHORT_FACTORS)),
     )
     attention = _need(row, metadata, "rope.scaling.attn_factor", 1.0)
-    if math.isclose(attention, _growth(scaling), rel_tol=1e-6):
+    if math.isclose(attention, scaling.usual_attention_factor, rel_tol=1e-6):
         return scaling
     return replace(scaling, attention_factor=attention)
-
-
-def _growth(scaling: RopeScaling) -> float:
-    """What LongRoPE multiplies cosine and sine with where nothing else is said."""
-    if scaling.factor <= 1:
-        return 1.0
-    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_seq_length))
 
 
 def _scaling_of(numbers: list[float], size: int, theta: float, original: int) -> RopeScaling | None:

@@ -45,7 +45,6 @@ YARN = RopeScaling(
     kind="yarn",
     factor=8.0,
     original_max_seq_length=8192,
-    attention_factor=1.2079441541679836,
 )
 SIZE = {
     **OLMO2,

@@ -194,14 +194,15 @@ def _scaling_words(config: ModelConfig) -> Json | None:
         return None
     kind, original = scaling.kind, scaling.original_max_seq_length
     if kind == "longrope":
-        # Three keys under these names are all that the configuration class of 4 lets pass.
+        # Three keys under these names are all that Phi-3's configuration class of 4 lets pass.
         out: Json = {
             "type": kind,
             "short_factor": list(scaling.short_factors or ()),
             "long_factor": list(scaling.long_factors or ()),
         }
         if scaling.factor != config.max_seq_length / original:
-            out["factor"] = scaling.factor
+            # 4 takes the ratio of the contexts all the same: what comes of it is said too.
+            out |= {"factor": scaling.factor, "attention_factor": scaling.table_factor}
     else:
         out = {"rope_type": kind, "factor": scaling.factor}
     if kind in ("yarn", "llama3"):
