@@ -38,9 +38,18 @@ SPELLINGS = {
     "finetune_full": "finetune full",
     "finetune_lora": "finetune lora",
     "finetune_adapter": "finetune adapter",
+    "finetune_adapter_v2": "finetune adapter_v2",
     "merge_lora": "merge",
 }
 """Names of commands in another tool, and ours."""
+
+ELSEWHERE = {
+    "finetune adapter_v2": "LLaMA-Adapter v2 (a scale and a bias on every matrix, and the norms) "
+    "is not there. Use `gristmill finetune lora` with the same options; `--lora_key true "
+    "--lora_projection true --lora_mlp true` trains all matrices of the blocks, and the result is "
+    "an ordinary model. LLaMA-Adapter's first version is `gristmill finetune adapter`.",
+}
+"""Commands of another tool that have no like here, and what to do instead."""
 
 VERBOSE = ("--verbose", "--verbose true", "-v")
 
@@ -343,9 +352,11 @@ def _command_name(words: list[str]) -> tuple[str, list[str]]:
         name = " ".join(words[:length])
         if name in COMMANDS:
             return name, words[length:]
+    given = " ".join(words[:2])
+    if given in ELSEWHERE:
+        raise UserError(ELSEWHERE[given])
     group = [name for name in COMMANDS if name.startswith(words[0] + " ")]
     if group:
-        given = " ".join(words[:2])
         near = difflib.get_close_matches(given, group, n=1, cutoff=0.7)
         hint = f"Did you mean {near[0]}?" if near else f"Choose {', '.join(group)}."
         raise UserError(f"unknown command {given!r}. {hint}")

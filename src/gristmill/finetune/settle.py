@@ -72,11 +72,10 @@ def settle(cfg: Finetune) -> Job:
     precision = resolve_precision(cfg.precision, device)
     lr, min_lr = learning_rates(cfg)
     text = _text(cfg, data, model)
-    digest = f"{text.train.digest} {text.val.digest}"
-    out_dir, record, wanted = _place(cfg, model, text.found.name, digest, precision)
+    out_dir, record, wanted = _place(cfg, model, text, data.mask_prompt, precision)
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, text, earlier)
-    samples, val = _samples(cfg, text, seq_len, data.seed)
+    samples, val = _samples(cfg, text, seq_len, model.max_seq_length)
     length = _length(cfg, samples, seq_len, earlier)
     rows = samples.usual_rows(length.global_batch_size)
     kept = _share_of_state(method, model)
@@ -158,19 +157,26 @@ def _text(cfg: Finetune, data: Records, model: ModelConfig) -> _Text:
 
 
 def _place(
-    cfg: Finetune, model: ModelConfig, data_name: str, digest: str, precision: str
+    cfg: Finetune, model: ModelConfig, text: _Text, mask_prompt: bool, precision: str
 ) -> tuple[Any, directory.Record | None, dict[str, Any]]:
     """The run's directory, what it holds of this very run, and what makes the run that run."""
+    digest = f"{text.train.digest[:16]} {text.val.digest[:16]}"
     wanted = directory.identity(
         cfg, to_dict(model), digest, precision, start=cfg.checkpoint_dir
-    ) | {"command": cfg.command}
+    ) | {
+        "command": cfg.command,
+        # What makes digests differ, for whoever is told that they do.
+        "data.records": f"{len(text.train):,}, {len(text.val):,} held out",
+        "data.prompt_style": text.style,
+        "data.mask_prompt": mask_prompt,
+    }
     own = ("lora_", "adapter_")
     wanted |= {name: value for name, value in to_dict(cfg).items() if name.startswith(own)}
     how = cfg.command.rpartition(" ")[2]
     name = model.name
     if name == ModelConfig().name:  # files that do not say what they are
         name = model_name(resolve_model_dir(cfg.checkpoint_dir or "")).partition("/")[0]
-    out_dir, record = directory.find(cfg, wanted, f"{name.lower()}-{how}-{data_name}")
+    out_dir, record = directory.find(cfg, wanted, f"{name.lower()}-{how}-{text.found.name}")
     return out_dir, record, wanted
 
 
@@ -187,18 +193,24 @@ def _seq_len(cfg: Finetune, model: ModelConfig, text: _Text, earlier: Length | N
 
 
 def _samples(
-    cfg: Finetune, text: _Text, seq_len: int, seed: int
+    cfg: Finetune, text: _Text, seq_len: int, context: int
 ) -> tuple[RecordSamples, HeldOutRows]:
     """What is trained on and what is held out, cut to rows. UserError where nothing is left."""
+    assert isinstance(cfg.data, Records)
     train, val = text.train.cut(seq_len + 1), text.val.cut(seq_len + 1)
     if not len(train):
         raise UserError(
             f"nothing is left to learn: none of the {len(text.train):,} records has a part of its "
-            f"answer within its first {seq_len + 1} tokens. Use longer rows.",
-            {"--train.max_seq_length": max(seq_len + 1, text.longest)},
+            f"answer within its first {seq_len + 1} tokens. "
+            + (
+                "Use longer rows."
+                if seq_len < context
+                else "The model's context is no longer: shorten the prompts."
+            ),
+            {"--train.max_seq_length": min(context, text.longest)} if seq_len < context else None,
         )
     return (
-        RecordSamples(train, seq_len, seed=seed, packing=cfg.train.packing),
+        RecordSamples(train, seq_len, seed=cfg.data.seed, packing=cfg.train.packing),
         HeldOutRows(val, seq_len),
     )
 

@@ -28,7 +28,7 @@ def announce(run: Run, how: str) -> None:
             "run": job.out_dir,
             "model": f"{job.model.name}, {count(num_parameters(job.model))} parameters",
             "weights": _weights(run),
-            **({"trained": job.method.name} if job.method.name else {}),
+            **_trained(job),
             "device": f"{describe(job.device, job.precision)}, {how}",
             **_devices(run.mesh),
             "data": _data(job),
@@ -40,6 +40,13 @@ def announce(run: Run, how: str) -> None:
         }
         | job.about
     )
+
+
+def _trained(job: Job) -> dict[str, str]:
+    """What is trained, where it is not everything."""
+    if not job.method.name:
+        return {}
+    return {"trained": f"{job.method.name}: {count(job.method.num_saved(job.model))} parameters"}
 
 
 def _weights(run: Run) -> str:

@@ -165,6 +165,9 @@ def test_the_command_in_one_word_and_in_two(capsys):
     assert "finetune adapter" in capsys.readouterr().out
     assert cli.main(["finetune", "lorra"]) == 2
     assert "Did you mean finetune lora?" in capsys.readouterr().err
+    for words in (["finetune", "adapter_v2", "m"], ["finetune_adapter_v2", "--help"]):
+        assert cli.main(words) == 2
+        assert "Use `gristmill finetune lora` with the same options" in capsys.readouterr().err
 
 
 def test_help_imports_no_torch():
