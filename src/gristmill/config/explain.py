@@ -26,7 +26,8 @@ ELSEWHERE = {
     "--data.access_token": "Set HF_TOKEN in the environment; an option would be written down.",
     "--eval.max_new_tokens": "--eval.sample_prompt and --eval.sample_tokens show what is written.",
     "--eval.evaluate_example": "--eval.sample_prompt shows what the model writes.",
-    "--quantize": "Training on quantised weights is not there: leave it out.",
+    "--quantize": "Training on quantised weights is not there: leave it out. --precision bf16-true "
+    "(half the memory of weights) and --recompute full (little for activations) save most.",
     "--percentage": "Choose files by --pattern, or take a small slice by --fast_dev_run true.",
     "--convert_checkpoint": "Nothing needs converting here: leave it out.",
     "--dtype": "Leave it out: weights stay as they come, and --precision of a command reads them.",
