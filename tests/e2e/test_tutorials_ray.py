@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,11 +52,15 @@ EVALUATE = (
     f'litgpt evaluate {FINAL}-exported-checkpoint --batch_size 4 --tasks "hellaswag" '
     f"--out_dir {FINAL}-HF-checkpoint"
 )
+HARNESS = (
+    f" lm_eval --model hf --model_args pretrained={FINAL}-HF-checkpoint/ "
+    '--tasks "hellaswag" --device "cuda:0" --batch_size 4'
+)
 
-# The run as it stands, on two nodes without GPUs and of a length for a test.
+# The run as it stands, on nodes without GPUs and of a length for a test.
 STEPS = (
-    *("--num_nodes", "2", "--train.max_steps", "4", "--train.max_seq_length", "64"),
-    *("--train.global_batch_size", "4", "--train.micro_batch_size", "2"),
+    *("--train.max_steps", "4", "--train.max_seq_length", "64"),
+    *("--train.global_batch_size", "4", "--train.micro_batch_size", "1"),
 )
 
 
@@ -61,7 +68,8 @@ STEPS = (
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     pytest.importorskip("ray.train")
     nodes = Nodes(tmp_path_factory.mktemp("cluster"))
-    nodes.add()
+    for _ in range(3):
+        nodes.add()
     yield nodes
     nodes.stop()
 
@@ -118,16 +126,34 @@ def test_the_way_of_the_guide(efs, place, nodes, monkeypatch, capsys):
     said = run_apart(here(EVALUATE, efs), "--limit", "8", "--device", "cpu", **online(place))
     assert "hellaswag" in said
     exported = Path(here(f"{FINAL}-HF-checkpoint", efs))
-    assert (
-        "acc_norm,none"
-        in json.loads((exported / "results.json").read_text())["results"]["hellaswag"]
-    )
+    measured = json.loads((exported / "results.json").read_text())["results"]["hellaswag"]
     assert (final.parent / "final-exported-checkpoint" / "lit_model.pth").is_file()
-    model = AutoModelForCausalLM.from_pretrained(exported, local_files_only=True)
+    theirs = measured_by_the_harness(here(HARNESS, efs), place)
+    assert {name: theirs[name] for name in ACCURACIES} == {n: measured[n] for n in ACCURACIES}
+
+    model = AutoModelForCausalLM.from_pretrained(exported, local_files_only=True, device_map="auto")
     tokenizer = AutoTokenizer.from_pretrained(exported)
     ids = tokenizer(["A list of colors: red, blue"], return_tensors="pt")
-    written = model.generate(**ids, max_new_tokens=5)
+    written = model.generate(**ids, max_new_tokens=50)
     assert tokenizer.batch_decode(written, skip_special_tokens=True)[0]
+
+
+ACCURACIES = ("acc,none", "acc_norm,none")
+
+
+def measured_by_the_harness(line: str, place: Path) -> dict[str, float]:
+    """What the harness's own command finds for the task, here without a GPU."""
+    command = Path(sys.executable).with_name("lm_eval")
+    more = ["--device", "cpu", "--limit", "8", "--output_path", str(place / "theirs")]
+    done = subprocess.run(
+        [command, *shlex.split(line)[1:], *more],
+        env={**os.environ, **online(place)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (place / "theirs").rglob("results_*.json")
+    return json.loads(file.read_text())["results"]["hellaswag"]
 
 
 def online(place: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from small import metrics
 from transformers import AutoModelForCausalLM
 from tutorial_world import SHORT, run, run_apart
 
+from gristmill.cli import main
 from gristmill.data.store.dataset import Dataset
 from gristmill.formats.model_dir import open_model_dir
 
@@ -147,7 +149,7 @@ def test_the_way_of_lit_llama(place, tutorials, monkeypatch, capsys):
 
     capsys.readouterr()
     line = "python train_redpajama.py --devices 4 --train_data_dir data/lit-redpajama"
-    # One of the four here; the next command has two.
+    # In this process only one of the four; the next command has them all.
     assert run(line, *SHORT, *STEPS, "--devices", "1", "--train.max_steps", "4") == 0
     said = capsys.readouterr().out
     shares = dict(re.findall(r"(arxiv|common_crawl|wikipedia) (\d+\.\d\d)", said))
@@ -156,7 +158,7 @@ def test_the_way_of_lit_llama(place, tutorials, monkeypatch, capsys):
     out = place / "out/training"
     assert json.loads((out / "final/config.json").read_text())["model_type"] == "llama"
     line = "python train_redpajama.py --devices 4 --train_data_dir data/lit-redpajama-sample"
-    more = ("--devices", "2", "--train.max_steps", "3", "--out_dir", "out/sample")
+    more = ("--train.micro_batch_size", "1", "--train.max_steps", "3", "--out_dir", "out/sample")
     said = run_apart(line, *SHORT, *STEPS, *more)
     assert "cc_2019-30_sample" in said
     assert [r["step"] for r in metrics(place / "out/sample") if "loss" in r] == [1, 2, 3]
@@ -164,13 +166,51 @@ def test_the_way_of_lit_llama(place, tutorials, monkeypatch, capsys):
     AutoModelForCausalLM.from_pretrained(out / "final")
 
 
-def test_packed_files_are_told_from_datasets(place, capsys):
-    """What lit-llama's script had written before."""
-    header = b"LITPKDS" + (1).to_bytes(8, "little") + (8).to_bytes(1, "little")
-    body = header + (64).to_bytes(8, "little") + bytes(128)
-    folder = place / "data/lit-redpajama"
-    folder.mkdir(parents=True)
-    (folder / "arxiv_0000000000.bin").write_bytes(body)
+def packed(path: Path, tokens: int) -> None:
+    """A file as lit-llama's and TinyLlama's scripts wrote them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = b"LITPKDS" + (1).to_bytes(8, "little") + b"\x08" + tokens.to_bytes(8, "little")
+    ids = random.Random(path.name).choices(range(3, 300), k=tokens)
+    path.write_bytes(header + b"".join(i.to_bytes(2, "little") for i in ids))
+
+
+def import_as_told(capsys, *more: str) -> None:
+    """Run the command that the message before ends with."""
+    found = re.search(
+        r"gristmill (data import \S+ --copy) --output_dir NEW", capsys.readouterr().err
+    )
+    assert main([*found[1].split(), *more]) == 0
+
+
+def test_packed_files_of_lit_llama(place, capsys):
+    """The sets that its script had written are told apart, and mixed as its trainer does."""
+    for name in ("arxiv", "book", "common_crawl", "wikipedia"):
+        for number in range(2):
+            packed(place / f"data/lit-redpajama/{name}_{number:010}.bin", 2000)
     line = "python train_redpajama.py --devices 1 --train_data_dir data/lit-redpajama"
     assert run(line, *SHORT) == 2
-    assert "gristmill data import data/lit-redpajama --copy" in capsys.readouterr().err
+    import_as_told(capsys, "--output_dir", "data/redpajama")
+    line = line.replace("lit-redpajama", "redpajama")
+    assert run(line, *SHORT, *STEPS, "--train.max_steps", "2") == 0
+    shares = dict(re.findall(r"(arxiv|common_crawl|book) (\d+\.\d\d)", capsys.readouterr().out))
+    assert float(shares["common_crawl"]) > 3 * float(shares["book"])  # of as many tokens
+
+
+def test_packed_files_of_tinyllama_s_authors(place, capsys):
+    """One folder for all: training and validation, both corpora, a prefix for each process."""
+    for process in range(2):
+        for name in ("train_slimpajama", "train_starcoder", "validation_slimpajama"):
+            packed(place / f"data/slim_star/{name}_{process}_{0:010}.bin", 2000)
+    more = "--devices 1 --train_data_dir data/slim_star --val_data_dir data/slim_star"
+    assert run(f"python pretrain/tinyllama.py {more}", *SHORT) == 2
+    import_as_told(capsys, "--output_dir", "data")
+    # Where the recipe of the script looks for the two corpora.
+    length = ("--train.max_steps", "2", "--eval.interval", "1")
+    assert run("python pretrain/tinyllama.py", *SHORT, *STEPS, *length) == 0
+    assert {"slimpajama", "starcoder"} <= set(capsys.readouterr().out.split())
+    assert any("val_loss" in row for row in metrics(place / "out/tiny-llama-1.1b"))
+
+    more = "--train_data_dir=data/starcoder --val_data_dir=data/slimpajama"
+    line = f"python pretrain/tinyllama.py {more} --out_dir out/one"
+    assert run(line, *SHORT, *STEPS, *length) == 0
+    assert any("val_loss" in row for row in metrics(place / "out/one"))

@@ -10,7 +10,6 @@ import sys
 import pytest
 import yaml
 from small import metrics
-from transformers import AutoModelForCausalLM
 from tutorial_world import SHORT, is_used, run
 
 from gristmill.formats.model_dir import open_model_dir
@@ -53,7 +52,7 @@ def test_the_help(place, capsys, command):
     assert "--config" in said
 
 
-def test_pretraining_with_a_corpus_by_its_name(place, capsys):
+def test_pretraining_with_a_corpus_by_its_name(place, monkeypatch, capsys):
     line = """litgpt download \\
    --repo_id TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T \\
    --tokenizer_only true"""
@@ -70,7 +69,7 @@ def test_pretraining_with_a_corpus_by_its_name(place, capsys):
     assert run(line, *SHORT, *short) == 0
     assert "fetching it once (gristmill download Skylion007/openwebtext" in capsys.readouterr().err
     assert [r["step"] for r in metrics(place / "out/owt") if "loss" in r] == [1, 2, 3]
-    AutoModelForCausalLM.from_pretrained(place / "out/owt/final")
+    is_used("out/owt", monkeypatch, capsys)
 
 
 def test_a_downloaded_model_talks(place, monkeypatch, capsys):
