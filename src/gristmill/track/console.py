@@ -53,7 +53,7 @@ class Console:
         self._stream = stream or sys.stdout
         self._clock = clock
         self._started = self._last_shown = clock()
-        self._pace = _Pace(total_steps, start_step, self._started)
+        self._pace = _Pace(total_steps, start_step)
         self._row: dict[str, float | int] = {}
         self._step = self._shown_step = start_step
         self._waiting: deque[str] = deque()
@@ -70,6 +70,7 @@ class Console:
         now = self._clock()
         self._row.update(row)
         self._step = step
+        self._pace.begin(step, now)
         if self._waiting:
             self._flush_notes()
         if "val_loss" in row:
@@ -228,12 +229,20 @@ class _NoScreen:
 class _Pace:
     """Seconds a step takes, lately, with all that happens between steps."""
 
-    def __init__(self, total_steps: int, start_step: int, now: float) -> None:
+    def __init__(self, total_steps: int, start_step: int) -> None:
         self.total_steps = max(total_steps, 1)
-        self._samples: deque[tuple[float, int]] = deque([(now, start_step)], PACE_SAMPLES)
+        self._start_step = start_step
+        self._samples: deque[tuple[float, int]] = deque([], PACE_SAMPLES)
+
+    def begin(self, step: int, now: float) -> None:
+        """Count from the end of the first step: what is compiled in it is compiled once."""
+        if not self._samples and step > self._start_step:
+            self._samples.append((now, step))
 
     def left_s(self, step: int, now: float) -> float | None:
-        """Seconds to the last step; None before the first is done."""
+        """Seconds to the last step; None before the second is done."""
+        if not self._samples:
+            return None
         self._samples.append((now, step))
         then, earlier = self._samples[0]
         if step <= earlier:

@@ -129,6 +129,18 @@ def test_a_resumed_run_counts_the_pace_from_its_start(clock):
     assert stream.getvalue().splitlines()[-1].endswith("0:01:30 left")
 
 
+def test_what_the_first_step_compiles_is_not_taken_for_the_pace(clock):
+    stream = io.StringIO()
+    console = Console(100, stream=stream, clock=clock)
+    console.log({"val_loss": 3.0}, 0)
+    run_steps(console, clock, [1], seconds_per_step=60)
+    assert "left" not in stream.getvalue()
+    run_steps(console, clock, range(2, 11))
+    assert "left" in stream.getvalue()
+    assert stream.getvalue().splitlines()[-1].endswith("left")
+    assert "0:01:3" in stream.getvalue()
+
+
 def test_prints_of_other_code_come_above_the_bar(clock, terminal, monkeypatch):
     monkeypatch.setattr(sys, "stdout", terminal)
     console = Console(100, clock=clock)
