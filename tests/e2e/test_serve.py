@@ -17,6 +17,7 @@ from gristmill.config.model import ModelConfig
 from gristmill.formats import hf
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
+from gristmill.util.extras import install_command
 
 KEY = "a-key-of-the-tests"
 LONG = {"prompt": "the mill", "max_tokens": 50, "stream": True, "ignore_eos": True}
@@ -99,10 +100,8 @@ def test_no_model(tmp_path, capsys):
 def test_missing_packages_are_named(model_dir, capsys, monkeypatch):
     monkeypatch.setattr("gristmill.infer.serve.command.find_spec", lambda name: None)
     assert main(["serve", str(model_dir)]) == 2
-    assert (
-        "(fastapi, uvicorn). Install them: pip install 'gristmill[serve]'"
-        in capsys.readouterr().err
-    )
+    said = capsys.readouterr().err
+    assert f"(fastapi, uvicorn). Install them: {install_command('serve')}" in said
 
 
 def test_a_port_that_is_taken(model_dir, capsys):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from gristmill.util.errors import UserError
+from gristmill.util.extras import install_command
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _READ_BYTES = 8 << 20
@@ -241,7 +242,7 @@ class Storage:
             scheme = self.root.partition("://")[0]
             extra = _EXTRAS.get(scheme)
             advice = (
-                f"install it with `pip install 'gristmill[{extra}]'`."
+                f"install it with `{install_command(extra)}`."
                 if extra
                 else "name a local path, or install the fsspec file system for it."
             )

@@ -35,6 +35,7 @@ from gristmill.parallel.weights import put
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.method import Method
 from gristmill.util.errors import UserError
+from gristmill.util.extras import install_command
 
 if TYPE_CHECKING:
     from gristmill.train.job import Job
@@ -52,10 +53,6 @@ MATRICES = {
 }
 """The matrices of a block that each option means."""
 HEAD = "head"
-NOT_INSTALLED = (
-    "finetune lora needs PEFT, which is not installed. "
-    "Install it: pip install 'gristmill[finetune]'"
-)
 
 
 class Lora(Method):
@@ -85,7 +82,7 @@ class Lora(Method):
             )
         refuse_tensor_parallel(cfg, "low-rank adapters")
         if find_spec("peft") is None:
-            raise UserError(NOT_INSTALLED)
+            raise _not_installed()
         kind = "DoRA" if cfg.lora_dora else "LoRA"
         self.name = f"{kind}, rank {cfg.lora_r}, alpha {cfg.lora_alpha}"
 
@@ -247,12 +244,19 @@ def _adapt_head(model: Any) -> None:
     model.head_adapter = factors
 
 
+def _not_installed() -> UserError:
+    return UserError(
+        "finetune lora needs PEFT, which is not installed. "
+        f"Install it: {install_command('finetune')}"
+    )
+
+
 def _inject(model: nn.Module, settings: FinetuneLora, names: list[str]) -> None:
     """Put PEFT's modules around linear layers."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError(NOT_INSTALLED) from None
+        raise _not_installed() from None
     config = LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,

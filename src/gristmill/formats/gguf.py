@@ -26,6 +26,7 @@ from gristmill.models.zoo import gguf as table
 from gristmill.tokenizer import gguf_vocabulary
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
+from gristmill.util.extras import install_command
 from gristmill.util.gguf_header import AGAIN, Header, TensorInfo, find_gguf, read_header, shortest
 
 # The format's numbers of types that torch has too, and of the 8-bit one.
@@ -42,7 +43,6 @@ _REST = "gristmill.rest."
 _UNTIED = "gristmill.untied"
 _COMPARED_BYTES = 1 << 20
 _OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "weights")
-_INSTALL = "Install it: pip install 'gristmill[gguf]'"
 
 
 def find(place: Path) -> ModelDir | None:
@@ -322,6 +322,8 @@ def _library(why: str) -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise UserError(f"{why} without the package gguf. {_INSTALL}") from None
+        raise UserError(
+            f"{why} without the package gguf. Install it: {install_command('gguf')}"
+        ) from None
     library: ModuleType = gguf
     return library

@@ -12,6 +12,7 @@ from torch import nn
 from gristmill.models.decoder import Decoder
 from gristmill.models.kernels import Int8Linear, linear
 from gristmill.util.errors import UserError
+from gristmill.util.extras import install_command
 
 WHOLE = ("head", "router", "kv_up")
 """Read as they are by something else than their own product: the head (it may be the embedding),
@@ -34,7 +35,8 @@ def quantize(model: Decoder, kind: Literal["int8", "int4"], device: torch.device
             from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError:
         raise UserError(
-            f"--quantize {kind} needs torchao, which is not here. pip install 'gristmill[int8]'"
+            f"--quantize {kind} needs torchao, which is not installed. Install it: "
+            f"{install_command('int8')}"
         ) from None
 
     def taken(module: nn.Module, name: str) -> bool:

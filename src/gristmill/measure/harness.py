@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gristmill.config.evaluate import Evaluate
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.extras import install_command
 
 if TYPE_CHECKING:  # it imports torch, which a list of tasks need not wait for
     from gristmill.measure.subject import Subject
@@ -55,7 +56,7 @@ def version() -> str:
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
             "lm-evaluation-harness is not installed, which has the tasks. Install it: "
-            "pip install 'gristmill[evaluate]'"
+            f"{install_command('evaluate')}"
         ) from None
 
 

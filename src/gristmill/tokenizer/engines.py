@@ -16,12 +16,12 @@ from gristmill.tokenizer.long_text import Cutter, Encoded, encode_bounded, witho
 from gristmill.tokenizer.parity import EncodesBatch, Verdict
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.extras import install_command
 
 Requested = Literal["auto", "tokenizers", "fastokens"]
 
 FASTOKENS = "fastokens"
 _RECHECK_ONE_IN = 10_000
-_INSTALL = "install it with `pip install 'gristmill[fast]'`, or use --engine tokenizers."
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,8 @@ def _why_not_fastokens(
     if tokenizer.kind != "tokenizers":
         return "it reads tokenizer.json only, and this tokenizer is a SentencePiece model"
     if version is None:
-        return f"it is not installed. {_INSTALL.rstrip('.')}"
+        install = install_command("fast")
+        return f"it is not installed. install it with `{install}`, or use --engine tokenizers"
     try:
         engine = _Fastokens(tokenizer)
     except Exception as error:  # the library raises whatever it meets

@@ -19,6 +19,7 @@ from gristmill.tokenizer.long_text import (
 from gristmill.tokenizer.sentencepiece_proto import BPE, model_type
 from gristmill.tokenizer.sidecar import AddedToken
 from gristmill.util.errors import UserError
+from gristmill.util.extras import install_command
 
 
 class SentencePieceBackend:
@@ -125,7 +126,7 @@ def _load(path: Path):  # type: ignore[no-untyped-def]  # the package has no typ
     except ImportError as error:
         raise UserError(
             f"{path} needs the package sentencepiece, which is not installed. "
-            "install it with `pip install sentencepiece`."
+            f"install it with `{install_command('sentencepiece')}`."
         ) from error
     try:
         return SentencePieceProcessor(model_file=str(path))

@@ -16,6 +16,7 @@ from gristmill.track.tensorboard import TensorBoard
 from gristmill.track.trackio import Trackio
 from gristmill.track.wandb import WeightsAndBiases
 from gristmill.util.errors import UserError
+from gristmill.util.extras import install_command
 from gristmill.util.secrets import redact
 
 NAMES = ("csv", "tensorboard", "wandb", "mlflow", "trackio")
@@ -158,7 +159,7 @@ def _open(name: str, out_dir: Path, log: LogArgs, start_step: int) -> Tracker | 
     except ImportError as error:
         raise UserError(
             f"--logger_name {name} needs the package {name}, which cannot be imported ({error}). "
-            f"Install it: pip install 'gristmill[{name}]'."
+            f"Install it: {install_command(name)}"
         ) from None
     except Exception as error:
         if start_step == 0:

@@ -47,5 +47,7 @@ def test_int4_is_refused_where_there_are_no_products_of_it():
 
 def test_without_torchao(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"needs torchao.*pip install 'gristmill\[int8\]'"):
+    with pytest.raises(
+        UserError, match="needs torchao, which is not installed. Install it: .*int8"
+    ):
         quantize(tiny(), "int8", CPU)

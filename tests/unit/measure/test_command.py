@@ -10,6 +10,7 @@ from gristmill.cli import main
 from gristmill.formats.model_dir import load_model
 from gristmill.measure import harness, tasks
 from gristmill.measure.harness import Entry
+from gristmill.util.extras import install_command
 
 from .models import write_model
 
@@ -271,4 +272,4 @@ def test_without_the_package_it_says_what_to_install(monkeypatch, model, capsys)
 
     monkeypatch.setattr(harness.importlib.metadata, "version", missing)
     assert main(["evaluate", str(model), "--tasks", "x"]) == 2
-    assert "pip install 'gristmill[evaluate]'" in capsys.readouterr().err
+    assert install_command("evaluate") in capsys.readouterr().err

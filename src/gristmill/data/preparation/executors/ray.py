@@ -26,6 +26,7 @@ from gristmill.data.preparation.units import Progress
 from gristmill.data.raw.documents import DataError
 from gristmill.tokenizer.engines import single_thread_env
 from gristmill.util.errors import RunError, UserError
+from gristmill.util.extras import install_command
 
 if TYPE_CHECKING:
     from gristmill.data.preparation.executors.work import Work
@@ -74,7 +75,7 @@ def connected(address: str, option: str) -> Iterator[Any]:
     except ImportError as error:
         raise UserError(
             f"{option} ray needs Ray, which is not installed. install it with "
-            f"`pip install 'gristmill[ray]'`, or use {option} local.",
+            f"`{install_command('ray')}`, or use {option} local.",
             fix={option: "local"},
         ) from error
     if ray.is_initialized():
