@@ -73,3 +73,27 @@ def test_tokenizer_files_load_there(shared, tmp_path, name):
     assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
     assert theirs.eos_token_id == ours.eos_id
     assert read_config(tmp_path / "final").eos_token_id == ours.eos_id
+
+
+def test_a_lone_sentencepiece_model_cuts_the_same_there(shared, tmp_path):
+    """transformers 5 itself reads such a file without the space that a text begins with."""
+    from gristmill.models import zoo
+    from gristmill.models.decoder import Decoder
+    from gristmill.models.init import init_weights
+
+    source = tmp_path / "words/tokenizer.model"
+    source.parent.mkdir()
+    source.write_bytes((shared / "data/models/stories260K/hf/tokenizer.model").read_bytes())
+    config = zoo.get("gristmill-nano")
+    model = Decoder(config)
+    init_weights(model, 0)
+    hf.write(tmp_path / "final", config, model.state_dict(), tokenizer_dir=source)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "final")
+    ours = Tokenizer.load(tmp_path / "final")
+    assert (ours.kind, ours.digest) == ("sentencepiece", Tokenizer.load(source).digest)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+    for text in ("Once upon a time", " led", "   a  b ", "\n x\t", "中 x 🙂", 'said: "don\'t!"'):
+        ids = ours.encode(text)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs(text)["input_ids"] == [ours.bos_id, *ids]
+        assert theirs.decode(ids) == ours.decode(ids)

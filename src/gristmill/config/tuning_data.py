@@ -26,7 +26,8 @@ class Records(TuningData):
     """Learn the answers only; false: prompts too."""
     prompt_style: str = "auto"
     """How a prompt becomes text: chat (the model's chat template), alpaca, flan, longform, default
-    (as it stands), or a Jinja template of yours, text or .jinja file; auto: chat, else alpaca."""
+    (as it stands) or another style of LitGPT's, or a Jinja template of yours, text or .jinja file;
+    auto: chat, else alpaca."""
     val_fraction: float = 0.05
     """Share of the records held out, chosen by content. `val_split_fraction` is accepted too."""
     include_multiturn_conversations: bool = True

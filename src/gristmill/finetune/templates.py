@@ -4,66 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gristmill.tokenizer import prompt_styles
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
 OWN = "chat"
 """The style that is the model's own chat template."""
-
-_ALONE = "Below is an instruction that describes a task. "
-_PAIRED = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. "
-)
-_WRITE = "Write a response that appropriately completes the request.\\n\\n"
-_INSTRUCTION = "'### Instruction:\\n' + message['content'] + '\\n\\n'"
-_INPUT = "{% if message['input'] %}{{ '### Input:\\n' + message['input'] + '\\n\\n' }}{% endif %}"
-_ANSWER = "{{ message['content'] + (eos_token or '') }}"
-
-
-def _instructions(alone: str, paired: str) -> str:
-    """A preamble (or the system message in its place), instructions and responses under headings.
-
-    The format of Stanford Alpaca (2023); `input` of a message is what an instruction is about.
-    """
-    preamble = (
-        "{% if loop.first %}{% if message['input'] %}{{ '" + paired + _WRITE + "' }}"
-        "{% else %}{{ '" + alone + _WRITE + "' }}{% endif %}{% endif %}"
-    )
-    return (
-        "{% for message in messages %}"
-        "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-        "{% elif message['role'] == 'user' %}"
-        + preamble
-        + "{{ "
-        + _INSTRUCTION
-        + " }}"
-        + _INPUT
-        + "{{ '### Response:\\n' }}"
-        "{% elif message['role'] == 'assistant' %}"
-        + _ANSWER
-        + "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
-        "{% else %}{{ raise_exception('no place for a message of ' + message['role']) }}"
-        "{% endif %}{% endfor %}"
-    )
-
-
-_PLAIN = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}" + _ANSWER + "{% else %}{{ message['content'] }}"
-    "{% if message['input'] %}{{ '\\n\\n' + message['input'] }}{% endif %}"
-    "{% endif %}{% endfor %}"
-)
-
-
-def styles() -> dict[str, str]:
-    """Name of each style and its template, without the beginning-of-sequence token."""
-    return {
-        "alpaca": _instructions(_ALONE, _PAIRED),
-        "flan": _instructions(_ALONE, _ALONE),
-        "longform": _instructions(_PAIRED, _PAIRED),
-        "default": _PLAIN,
-    }
 
 
 def choose_template(style: str, tokenizer: Tokenizer) -> tuple[str, str]:
@@ -83,9 +29,10 @@ def choose_template(style: str, tokenizer: Tokenizer) -> tuple[str, str]:
                 {"--data.prompt_style": "alpaca"},
             )
         return OWN, own
-    known = styles()
+    known = prompt_styles.names()
     if style in known:
-        return style, ("{{ bos_token }}" if tokenizer.adds_bos else "") + known[style]
+        bos_token = tokenizer.bos_token if tokenizer.adds_bos else None
+        return style, prompt_styles.template(known[style], bos_token=bos_token)
     if "{{" in style or "{%" in style:
         return "a template of yours", style
     path = Path(style).expanduser()

@@ -18,7 +18,8 @@ from gristmill.formats.safetensors_io import write_file
 from gristmill.formats.source import TheirTensors
 from gristmill.models import zoo
 from gristmill.models.counts import Shapes
-from gristmill.tokenizer.sidecar import read_json
+from gristmill.tokenizer.sentencepiece_json import tokenizer_json
+from gristmill.tokenizer.sidecar import DEFINITION, read_json
 from gristmill.tokenizer.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 5e9
@@ -140,19 +141,27 @@ def _complete_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
     """Say in `tokenizer_config.json` which class loads a lone `tokenizer.json` or `.model`.
 
     Without it `AutoTokenizer` takes the class of the model's architecture, or a wrong reading of a
-    SentencePiece model, and cuts text otherwise than the file says without a word.
+    SentencePiece model, and cuts text otherwise than the file says without a word. That of
+    transformers 5 drops a space that a text begins with: it gets a `tokenizer.json` where one says
+    the same.
     """
     file = directory / TOKENIZER_WORDS
-    if not file.exists():
-        file.write_text(_json(_own_words(tokenizer)))
+    if file.exists():
+        return
+    content = tokenizer_json(tokenizer)
+    if content is not None:
+        (directory / "tokenizer.json").write_text(content, encoding="utf-8")
+    file.write_text(_json(_own_words(tokenizer, has_json=content is not None)))
 
 
-def _own_words(tokenizer: Tokenizer) -> dict[str, Any]:
+def _own_words(tokenizer: Tokenizer, *, has_json: bool) -> dict[str, Any]:
     """What `tokenizer_config.json` says of a tokenizer that came without."""
     words: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    if tokenizer.kind == "tokenizers":
+    if tokenizer.kind == "tokenizers" or has_json:
         words["tokenizer_class"] = "PreTrainedTokenizerFast"
-    else:
+    if has_json:
+        words |= {DEFINITION: "tokenizer.model", "add_bos_token": tokenizer.adds_bos}
+    elif tokenizer.kind != "tokenizers":
         words |= {"tokenizer_class": zoo.SENTENCEPIECE_CLASS, "legacy": True}
         words["add_bos_token"] = tokenizer.adds_bos
     named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}

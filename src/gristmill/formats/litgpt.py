@@ -31,6 +31,7 @@ from gristmill.models import zoo
 from gristmill.models.counts import parameter_shapes
 from gristmill.models.zoo import litgpt_weights as table
 from gristmill.models.zoo.litgpt import parse, words
+from gristmill.tokenizer import prompt_styles
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -243,11 +244,12 @@ def write(
 ) -> None:
     """Write a directory that LitGPT 0.5.13 reads, for use and for `--initial_checkpoint_dir`.
 
-    It has `lit_model.pth` (a flat table), `model_config.yaml`, the tokenizer's files, and the
-    model's own `config.json` and `generation_config.json`. tensors: parameter name -> full tensor,
-    asked for one at a time; `dtype` unset keeps that of the embedding. The directory is built
-    beside `out_dir` and renamed; one in its place is replaced, so ask first. Raises UserError
-    naming the switches that LitGPT has no word for, RunError when writing fails.
+    It has `lit_model.pth` (a flat table), `model_config.yaml`, the tokenizer's files, the model's
+    own `config.json` and `generation_config.json`, and `prompt_style.yaml` where the chat template
+    is one of LitGPT's styles. tensors: parameter name -> full tensor, asked for one at a time;
+    `dtype` unset keeps that of the embedding. The directory is built beside `out_dir` and renamed;
+    one in its place is replaced, so ask first. Raises UserError naming the switches that LitGPT
+    has no word for, RunError when writing fails.
     """
     out = Path(out_dir)
     tokenizer = None if tokenizer_dir is None else Tokenizer.load(tokenizer_dir)
@@ -267,6 +269,11 @@ def write(
         write_torch_file(directory / WEIGHTS, shapes, dtypes, theirs.__getitem__, same=same)
         (directory / CONFIG).write_text(yaml.safe_dump(settings), encoding="utf-8")
         write_companions(directory, config, hf_words, tokenizer)
+        style = None
+        if tokenizer is not None:
+            style = prompt_styles.kind_of(tokenizer.chat_template, tokenizer.bos_token)
+        if style is not None:
+            prompt_styles.write_style(directory, style)
 
 
 def _hugging_face_words(config: ModelConfig, dtype: torch.dtype) -> Json | None:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gristmill.tokenizer.prompt_styles import read_style
 from gristmill.util.errors import UserError
 
+TEMPLATE = "chat_template.jinja"
 # Copied with a tokenizer wherever it goes, the first two being definitions.
 FILES = (
     "tokenizer.json",
@@ -17,11 +19,13 @@ FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    TEMPLATE,
     "vocab.json",
     "merges.txt",
 )
 GENERATION = "generation_config.json"
+DEFINITION = "gristmill_definition"
+"""In tokenizer_config.json: which file defines the tokenizer, where another one was made of it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Sidecar:
     stop_ids: tuple[int, ...] = ()
     add_bos: bool | None = None
     chat_template: str | None = None
+    prompt_style: str | None = None
+    """The class of LitGPT's prompt style that the model was trained in."""
     added: tuple[AddedToken, ...] = field(default=())
 
 
@@ -72,6 +78,8 @@ def read_sidecar(folder: Path) -> Sidecar:
         stop_ids=_ids(generation.get("eos_token_id")) or (several if len(several) > 1 else ()),
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         chat_template=_chat_template(folder, config),
+        # Whoever writes a template beside it wants that one.
+        prompt_style=None if (folder / TEMPLATE).is_file() else read_style(folder),
         added=tuple(_added(folder, config)),
     )
 
@@ -116,7 +124,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = config.get("chat_template")

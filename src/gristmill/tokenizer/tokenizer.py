@@ -9,11 +9,19 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 
-from gristmill.tokenizer import gguf_vocabulary
+from gristmill.tokenizer import gguf_vocabulary, prompt_styles
 from gristmill.tokenizer.huggingface import HuggingFaceBackend
 from gristmill.tokenizer.long_text import Cutter, Encoded
 from gristmill.tokenizer.sentencepiece_model import SentencePieceBackend
-from gristmill.tokenizer.sidecar import FILES, GENERATION, Sidecar, read_sidecar
+from gristmill.tokenizer.sidecar import (
+    DEFINITION,
+    FILES,
+    GENERATION,
+    TEMPLATE,
+    Sidecar,
+    read_json,
+    read_sidecar,
+)
 from gristmill.tokenizer.stream import StreamDecoder
 from gristmill.util.errors import UserError
 from gristmill.util.gguf_header import find_gguf
@@ -46,6 +54,11 @@ class Tokenizer:
         self.num_token_ids = self.backend.num_token_ids
         self.bos_id = self._resolve(sidecar.bos, sidecar.bos_known, self.backend.bos_id, _USUAL_BOS)
         self.eos_id = self._resolve(sidecar.eos, sidecar.eos_known, self.backend.eos_id, _USUAL_EOS)
+        self.prompt_style = sidecar.prompt_style
+        """The class of LitGPT's that says how the model is asked, unless it has a template."""
+        if self.prompt_style is not None and prompt_styles.is_known(self.prompt_style):
+            bos_token = self.bos_token if self.adds_bos else None
+            self.chat_template = prompt_styles.template(self.prompt_style, bos_token=bos_token)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -141,6 +154,8 @@ class Tokenizer:
             if source.is_file() and source.resolve() != (target / name).resolve():
                 shutil.copyfile(source, target / name)
         is_elsewhere = target.resolve() != self.path.parent.resolve()
+        if self.prompt_style is not None and self.chat_template is not None and is_elsewhere:
+            (target / TEMPLATE).write_text(self.chat_template, encoding="utf-8")
         beside = (self._sidecar.bos, self._sidecar.eos)
         is_said_beside = len(self.stop_ids) > 1 or any(isinstance(end, int) for end in beside)
         if is_said_beside and is_elsewhere:
@@ -181,8 +196,9 @@ def _find(path: str | Path) -> Path:
             )
         return root
     for folder in (root, root / "tokenizer", root / "final"):
-        for name in _DEFINITIONS:
-            if (folder / name).is_file():
+        made_from = read_json(folder / "tokenizer_config.json").get(DEFINITION)
+        for name in (made_from, *_DEFINITIONS):
+            if name in _DEFINITIONS and (folder / name).is_file():
                 return folder / name
     packed = find_gguf(root)
     if packed is not None:

@@ -10,8 +10,8 @@ import torch
 from gristmill.finetune.examples import encode
 from gristmill.finetune.records import Conversation
 from gristmill.finetune.samples import RecordSamples
-from gristmill.finetune.templates import styles
 from gristmill.models.loss import IGNORE
+from gristmill.tokenizer import prompt_styles
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.batch import TokenBatch
 
@@ -131,7 +131,7 @@ CASES = {
         "<|user|>\nOne?</s>\n<|assistant|>\n",
     ),
     "alpaca": Case(
-        styles()["alpaca"],
+        prompt_styles.template("Alpaca", bos_token=None),
         ("</s>",),
         "1</s>2</s>",
         "Below is an instruction that describes a task. Write a response that appropriately "

@@ -4,12 +4,15 @@ import pickle
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from gristmill.tokenizer import huggingface
 from gristmill.tokenizer.parity import awkward_texts
+from gristmill.tokenizer.sentencepiece_json import tokenizer_json
+from gristmill.tokenizer.sentencepiece_proto import read_model, write_model
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -221,7 +224,7 @@ def test_a_file_of_another_kind(tmp_path):
 
 def test_sentencepiece_not_installed(stories_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(UserError, match="pip install sentencepiece"):
+    with pytest.raises(UserError, match="needs the package sentencepiece, which is not"):
         Tokenizer.load(stories_dir)
 
 
@@ -243,6 +246,38 @@ def test_sentencepiece_ids_and_text_equal_those_of_transformers(stories_dir):
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_a_sentencepiece_model_as_json_cuts_the_same(stories_dir, tmp_path):
+    model = tmp_path / "own/tokenizer.model"
+    model.parent.mkdir()
+    model.write_bytes((stories_dir / "tokenizer.model").read_bytes())
+    ours = Tokenizer.load(model)
+    content = tokenizer_json(ours)
+    (tmp_path / "tokenizer.json").write_text(content)
+    theirs = Tokenizer.load(tmp_path)
+    assert theirs.kind == "tokenizers"
+    texts = [
+        "",
+        " ",
+        "   two  spaces ",
+        "\n\n a\tb\r\n",
+        "中 x 🙂\x00",
+        "▁x",
+        "Once upon a time",
+        "ab" * 99,
+    ]
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs.encode(text) == ids
+        assert theirs.decode(ids) == ours.decode(ids)
+    assert theirs.adds_bos
+    # What says otherwise has none.
+    for change in ({"model_type": 1}, {"remove_extra_spaces": True}):
+        changed = replace(read_model(model.read_bytes()), **change)
+        model.write_bytes(write_model(changed, {"unk": 0, "bos": 1, "eos": 2}))
+        assert tokenizer_json(Tokenizer.load(model)) is None
+        model.write_bytes((stories_dir / "tokenizer.model").read_bytes())
 
 
 def test_tokens_added_beside_a_sentencepiece_model(stories_dir, tmp_path):
