@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from gristmill.config.sections import Auto, Precision
+from gristmill.config.sections import Auto
+from gristmill.config.use_commands import Loading
 
 
 @dataclass(kw_only=True)
-class Serve:
+class Serve(Loading):
     """Answer the OpenAI API, completions and chats, over HTTP with a model; Ctrl-C stops."""
 
-    checkpoint_dir: str | None = None
-    """Model directory of any kind; the first word after the command."""
-    tokenizer_dir: str | None = None
-    """Tokenizer to use, with its chat template; unset: the model's own."""
     host: str = "127.0.0.1"
     """Address to listen on; one that other machines reach needs an api_key."""
     port: int = 8000
@@ -46,9 +42,3 @@ class Serve:
     does not say."""
     grace_s: float = 30.0
     """Seconds that replies under way have to end when the server is stopped."""
-    precision: Precision | Auto = "auto"
-    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Round weights to fewer bits: less memory, faster, a little less exact."""

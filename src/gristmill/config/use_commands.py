@@ -1,9 +1,9 @@
-"""Options of the commands that use a model: generate and chat."""
+"""Options of the commands that use a model: what all have, generate and chat."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from gristmill.config.sections import Auto, Precision
 
@@ -30,20 +30,46 @@ class Sampling:
     """Seed of the choices."""
 
     @property
+    def choosing(self) -> dict[str, Any]:
+        """What shapes the choice of each token, by name."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """The texts of `stop`."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
 @dataclass(kw_only=True)
-class Generate(Sampling):
-    """Continue a prompt with a model, or many prompts from a file; without --prompt, one from a
-    pipe. `--prompt "…"` at the terminal shows the text as it is written."""
+class Loading:
+    """Which model is used, and how it is computed."""
 
     checkpoint_dir: str | None = None
     """Model directory of any kind; the first word after the command."""
     tokenizer_dir: str | None = None
-    """Tokenizer to use; unset: the model's own."""
+    """Tokenizer to use, with its chat template; unset: the model's own."""
+    precision: Precision | Auto = "auto"
+    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Weights in fewer bits, through torchao; int4 where the device has it."""
+    device: str = "auto"
+    """Kind of device: auto, cpu, cuda or mps; cuda:1 is the second one."""
+
+
+@dataclass(kw_only=True)
+class Writing(Loading, Sampling):
+    """What both commands have that show a text as it is written."""
+
+    compile: Literal["auto", "off"] | bool = "off"
+    """Compile the decoding step: auto goes on without where that fails, true does not."""
+
+
+@dataclass(kw_only=True)
+class Generate(Writing):
+    """Continue a prompt with a model, or many prompts from a file; without --prompt, one from a
+    pipe. `--prompt "…"` at the terminal shows the text as it is written."""
+
     prompt: str | None = None
     """Text to continue, also as the second word after the command. Unset: what comes through a
     pipe, else a question about llamas."""
@@ -65,35 +91,15 @@ class Generate(Sampling):
     """File for the texts as JSON lines, or `-` to write these to the output of the command."""
     overwrite: bool = False
     """Replace the file of --output."""
-    precision: Precision | Auto = "auto"
-    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Weights in fewer bits, through torchao; int4 where the device has it."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device."""
-    compile: Literal["auto", "off"] | bool = "off"
-    """Compile the decoding step: auto goes on without where that fails, true does not."""
 
 
 @dataclass(kw_only=True)
-class Chat(Sampling):
+class Chat(Writing):
     """Talk with a model; Enter on an empty prompt leaves."""
 
-    checkpoint_dir: str | None = None
-    """Model directory of any kind; the first word after the command."""
-    tokenizer_dir: str | None = None
-    """Tokenizer to use, with its chat template; unset: the model's own."""
     system: str | None = None
     """System prompt, for models whose chat template has one."""
     multiline: bool = False
     """Read prompts of several lines, ended by a line with a single dot (or !submit)."""
     history: bool = True
     """Keep prompts for the arrow keys of later chats, in the user's state directory."""
-    precision: Precision | Auto = "auto"
-    """auto: bf16-true where the processor has bf16 arithmetic, else 32-true."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Weights in fewer bits, through torchao; int4 where the device has it."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Kind of device."""
-    compile: Literal["auto", "off"] | bool = "off"
-    """Compile the decoding step: auto goes on without where that fails, true does not."""

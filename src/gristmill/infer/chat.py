@@ -17,20 +17,18 @@ from gristmill.infer.load import (
     check_options,
     cut_short,
     emit,
-    load,
+    load_for_command,
     note,
     speed,
-    use_few_threads,
 )
 from gristmill.models.decoding import Context
 from gristmill.util.errors import UserError
-from gristmill.util.paths import resolve_model_dir, user_state_dir
+from gristmill.util.paths import user_state_dir
 
 LEAVE = ("!quit", "!exit")
 FORGET = "!clear"
 ENDS_OF_LINES = (".", "!submit")
 HISTORY_LINES = 1000
-LITGPT_STYLE = "prompt_style.yaml"
 
 
 def chat(cfg: Chat) -> None:
@@ -41,29 +39,15 @@ def chat(cfg: Chat) -> None:
     through a pipe, one a line.
     """
     check_options(cfg)
-    loaded = load(
-        cfg.checkpoint_dir,
-        cfg.device,
-        cfg.precision,
-        tokenizer_dir=cfg.tokenizer_dir,
-        quantize=cfg.quantize,
-    )
-    use_few_threads(loaded)
-    note(loaded.summary())
+    loaded = load_for_command(cfg)
     conversation = Conversation(loaded, cfg.system, room=cfg.max_new_tokens)
     if not conversation.has_template:
         note(
             "This model has no chat template: it continues each prompt as it stands and "
             "remembers no earlier one."
         )
-        style = resolve_model_dir(cfg.checkpoint_dir or "") / LITGPT_STYLE
-        if style.is_file():
-            note(
-                f"{style} says how LitGPT puts a question, which is not read here: write it as a "
-                "chat_template.jinja beside it."
-            )
-    if loaded.knows_template:
-        note("Its files have no chat template; questions are put as its model card says.")
+    if (remark := loaded.template_note()) is not None:
+        note(remark)
     context = loaded.context(compiled=cfg.compile)
     emit(f"Now chatting with {loaded.name}.\n{_how_to_leave(cfg.multiline)}\n")
     with _line_editing(keep=cfg.history):
@@ -114,11 +98,18 @@ def read_prompt(multiline: bool) -> str | None:
 
 
 def _read_line(prompt: str) -> str:
-    """One line without its end; EOFError when there is none."""
-    if sys.stdin.isatty():
-        return input(prompt)
-    emit(prompt)
-    line = sys.stdin.readline()
+    """One line without its end; EOFError when there is none, UserError when it is no text."""
+    try:
+        if sys.stdin.isatty():
+            return input(prompt)
+        emit(prompt)
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        emit("\n")
+        raise UserError(
+            f"the input is not {error.encoding} (byte {error.start} of what was read). convert it, "
+            "for example with iconv."
+        ) from None
     if not line:
         raise EOFError
     emit(line if line.endswith("\n") else line + "\n")

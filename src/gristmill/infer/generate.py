@@ -17,11 +17,10 @@ from gristmill.infer.load import (
     check_options,
     cut_short,
     emit,
-    load,
+    load_for_command,
     memory,
     note,
     speed,
-    use_few_threads,
     visible,
 )
 from gristmill.infer.many import Ending, Task, check_batch_size, choose_rows, write_texts
@@ -60,15 +59,7 @@ def generate(cfg: Generate) -> None:
             {"--compile": None},
         )
     with _destination(cfg, prompts) as file:
-        loaded = load(
-            cfg.checkpoint_dir,
-            cfg.device,
-            cfg.precision,
-            tokenizer_dir=cfg.tokenizer_dir,
-            quantize=cfg.quantize,
-        )
-        use_few_threads(loaded)
-        note(loaded.summary())
+        loaded = load_for_command(cfg)
         tasks = _tasks(loaded, cfg, prompts)
         if _is_streamed(cfg, prompts):
             _stream_each(loaded, cfg, prompts[0], tasks)
@@ -158,6 +149,8 @@ def _tasks(loaded: LoadedModel, cfg: Generate, prompts: Sequence[Prompt]) -> dic
         require_template(loaded, "--chat true")
     tasks = {}
     plain_specials: set[str] = set()
+    has_chats = any(_is_chat(cfg, prompt) for prompt in prompts)
+    reply_ends = reply_stop_ids(loaded) if has_chats else None
     for index, prompt in enumerate(prompts):
         as_chat = _is_chat(cfg, prompt)
         try:
@@ -170,7 +163,8 @@ def _tasks(loaded: LoadedModel, cfg: Generate, prompts: Sequence[Prompt]) -> dic
         if not as_chat and not cfg.special_tokens:
             plain_specials |= {t for t in loaded.tokenizer.special_tokens if t in prompt.text}
         for sample in range(cfg.num_samples):
-            tasks[index, sample] = Task(ids, cfg.seed + sample, goes_on=not as_chat)
+            seed, ends = cfg.seed + sample, reply_ends if as_chat else None
+            tasks[index, sample] = Task(ids, seed, goes_on=not as_chat, stop_ids=ends)
     if plain_specials:
         note(
             f"{', '.join(sorted(plain_specials))} in a prompt is plain text; --special_tokens true "
@@ -190,23 +184,15 @@ def _prompt_ids(loaded: LoadedModel, cfg: Generate, prompt: Prompt, as_chat: boo
     return loaded.prompt_ids(prompt.text, special=cfg.special_tokens)
 
 
-def _stop_ids(loaded: LoadedModel, tasks: dict[Place, Task]) -> frozenset[int]:
-    """What ends a text: in a chat also the template's own end of a reply."""
-    if any(not task.goes_on for task in tasks.values()):
-        return reply_stop_ids(loaded)
-    return frozenset(loaded.tokenizer.stop_ids)
-
-
 def _stream_each(
     loaded: LoadedModel, cfg: Generate, prompt: Prompt, tasks: dict[Place, Task]
 ) -> None:
     """One text after the other, shown as it is written."""
     context = loaded.context(compiled=cfg.compile)
-    stop_ids = _stop_ids(loaded, tasks)
     for index, task in enumerate(tasks.values()):
         if cfg.num_samples > 1:
             note(f"Sample {index + 1} of {cfg.num_samples} (seed {task.seed}):")
-        _stream(loaded, context, cfg, prompt, task, stop_ids)
+        _stream(loaded, context, cfg, prompt, task)
 
 
 def _stream(
@@ -215,10 +201,11 @@ def _stream(
     cfg: Generate,
     prompt: Prompt,
     task: Task,
-    stop_ids: frozenset[int],
 ) -> None:
     generator = loaded.generator(task.seed)
-    stream = loaded.stream(task.ids, cfg, stop_ids=stop_ids, generator=generator, context=context)
+    stream = loaded.stream(
+        task.ids, cfg, stop_ids=task.stop_ids, generator=generator, context=context
+    )
     _show_prompt(prompt, task)
     try:
         after = task.ids if task.goes_on else ()
@@ -291,8 +278,7 @@ def _finished(
     """The texts as they end."""
     pieces: dict[int, list[str]] = {}
     chosen = [tasks[place] for place in places]
-    stop_ids = _stop_ids(loaded, tasks)
-    for number, event in write_texts(loaded, chosen, cfg, rows=rows, stop_ids=stop_ids):
+    for number, event in write_texts(loaded, chosen, cfg, rows=rows):
         if isinstance(event, str):
             pieces.setdefault(number, []).append(event)
         else:

@@ -31,6 +31,7 @@ from gristmill.models.device import (
 )
 from gristmill.models.kernels import use_kernels
 from gristmill.models.zoo.chat import chat_template
+from gristmill.tokenizer import prompt_styles
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
 
@@ -160,6 +161,21 @@ class LoadedModel:
             yield rest
         if decoder.stopped and isinstance(ids, Continuation):
             ids.stop = "stop"
+
+    def template_note(self) -> str | None:
+        """What there is to say of how questions are put, where its files have no template."""
+        style = self.tokenizer.prompt_style
+        if self.knows_template:
+            return "Its files have no chat template; questions are put as its model card says."
+        if style is None:
+            return None
+        if prompt_styles.is_known(style):
+            return f"Questions are put in the style {style}, which {prompt_styles.FILE} names."
+        how = "the tokenizer's template says" if self.tokenizer.chat_template else "they stand"
+        return (
+            f"{prompt_styles.FILE} names the style {style}, which is not known here: questions are "
+            f"put as {how}. A chat_template.jinja beside it says otherwise."
+        )
 
     def summary(self) -> str:
         """One line: model, size, device, precision and backend."""
@@ -341,8 +357,13 @@ def emit(text: str) -> None:
     """Show the model's text: on stdout, at once.
 
     On a terminal, control characters are shown as pictures: they could move the cursor, or worse.
+    What the output's encoding does not have is shown as a question mark.
     """
-    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
+    shown = visible(text) if sys.stdout.isatty() else text
+    try:
+        sys.stdout.write(shown)
+    except UnicodeEncodeError as error:
+        sys.stdout.write(shown.encode(error.encoding, "replace").decode(error.encoding))
     sys.stdout.flush()
 
 

@@ -27,12 +27,14 @@ class Ending:
 class Task:
     """A text to be written: the ids that it follows, and the seed of its choices.
 
-    `goes_on` tells a continuation of the text of `ids` from a text of its own, as a chat's reply.
+    `goes_on` tells a continuation of the text of `ids` from a text of its own, as a chat's reply;
+    `stop_ids` end it (unset: the tokenizer's).
     """
 
     ids: Sequence[int]
     seed: int
     goes_on: bool = True
+    stop_ids: frozenset[int] | None = None
 
 
 def check_batch_size(batch_size: int | str) -> None:
@@ -68,7 +70,6 @@ def write_texts(
     sampling: Sampling,
     *,
     rows: int,
-    stop_ids: Collection[int] | None = None,
 ) -> Iterator[tuple[int, str | Ending]]:
     """(number of the task, piece of its text) as they come, and (number, Ending) at the end of it.
 
@@ -81,7 +82,7 @@ def write_texts(
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from error
     check_options(sampling)
-    return _write(loaded, tasks, sampling, rows, stop_ids)
+    return _write(loaded, tasks, sampling, rows)
 
 
 def _write(
@@ -89,17 +90,19 @@ def _write(
     tasks: Sequence[Task],
     sampling: Sampling,
     rows: int,
-    stop_ids: Collection[int] | None,
 ) -> Iterator[tuple[int, str | Ending]]:
     if not tasks:
         return
     batch = loaded.batch(rows, _longest(loaded, tasks, sampling))
+    own = frozenset(loaded.tokenizer.stop_ids)
+    stop_ids = [own if task.stop_ids is None else task.stop_ids for task in tasks]
     ended: set[int] = set()
     events = generate_batch(
         batch,
         [task.ids for task in tasks],
         sampling,
-        eos_ids=frozenset(loaded.tokenizer.stop_ids if stop_ids is None else stop_ids),
+        # The others end some texts only.
+        eos_ids=frozenset.intersection(*stop_ids),
         generators=(loaded.generator(task.seed) for task in tasks),
         stopped=ended,
     )
@@ -108,18 +111,21 @@ def _write(
         if number not in writing:
             writing[number] = _Writing(loaded.tokenizer, tasks[number], sampling.stops)
         text = writing[number]
-        if isinstance(event, int):
+        if isinstance(event, str):
+            piece = text.decoder.flush()
+        elif event in stop_ids[number]:
+            text.has_eos, piece = True, ""
+            ended.add(number)
+        else:
             text.num_tokens += 1
             piece = text.decoder.put(event)
             if text.decoder.stopped:
                 ended.add(number)
-        else:
-            piece = text.decoder.flush()
         if piece:
             yield number, piece
         if isinstance(event, str):
             del writing[number]
-            yield number, Ending(text.num_tokens, "stop" if text.decoder.stopped else event)
+            yield number, Ending(text.num_tokens, text.why(event))
 
 
 class _Writing:
@@ -128,3 +134,10 @@ class _Writing:
     def __init__(self, tokenizer: Tokenizer, task: Task, stops: Sequence[str]) -> None:
         self.decoder = TextDecoder(tokenizer, task.ids if task.goes_on else (), stops)
         self.num_tokens = 0
+        self.has_eos = False
+
+    def why(self, event: str) -> str:
+        """What ended the text, of which the batch knows only a part."""
+        if self.decoder.stopped:
+            return "stop"
+        return "eos" if self.has_eos else event

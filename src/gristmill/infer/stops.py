@@ -40,8 +40,12 @@ class StopText:
 
     def _num_withheld(self, text: str) -> int:
         """Length of the longest end of `text` that one of the stops begins with."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stops):
-                return length
-        return 0
+        return max((_num_begun(stop, text) for stop in self._stops), default=0)
+
+
+def _num_begun(stop: str, text: str) -> int:
+    """How much of `stop`, which `text` does not have, is at the end of the text."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0 and not stop.startswith(text[at:]):
+        at = text.find(stop[0], at + 1)
+    return len(text) - at if at >= 0 else 0

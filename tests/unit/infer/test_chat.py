@@ -305,10 +305,22 @@ def test_a_model_known_by_name_is_asked_as_its_card_says(base_model, tmp_path, p
     assert "as its model card says" in capsys.readouterr().err
 
 
-def test_another_tools_prompt_style_is_told(base_model, tmp_path, piped, capsys):
+def test_the_prompt_style_of_a_checkpoint_is_used_and_told(base_model, tmp_path, piped, capsys):
     for file in base_model.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
+    style = tmp_path / "prompt_style.yaml"
+    style.write_text("class_path: litgpt.prompts.Phi2\n")
+    conversation = Conversation(load(tmp_path, "cpu", "32-true"), room=8)
+    ids, _ = conversation.ask("Why?")
+    loaded = load(tmp_path, "cpu", "32-true")
+    assert loaded.tokenizer.decode(ids, skip_special=False) == "<bos>Instruct: Why?\nOutput:"
     piped("")
     run(tmp_path)
-    assert "says how LitGPT puts a question, which is not read here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Questions are put in the style Phi2, which prompt_style.yaml names." in said
+    style.write_text("class_path: my.styles.Mine\n")
+    piped("")
+    run(tmp_path)
+    said = capsys.readouterr().err
+    assert "the style my.styles.Mine, which is not known here: questions are put as they st" in said
+    assert "has no chat template" in said

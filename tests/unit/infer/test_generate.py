@@ -9,6 +9,7 @@ import torch
 from gristmill.config.use_commands import Generate, Sampling
 from gristmill.formats import hf
 from gristmill.formats.model_dir import load_model
+from gristmill.infer import generate as generate_module
 from gristmill.infer.generate import generate
 from gristmill.infer.load import emit, load, model_name, use_few_threads
 from gristmill.infer.results import ResultFile
@@ -315,6 +316,29 @@ def test_a_prompt_in_the_chat_template(chat_model, tmp_path, capsys):
     assert run(capsys, chat_model, prompt="hi", chat=True, **options).out != reply + "\n"
     with pytest.raises(UserError, match=r"have a system prompt already"):
         run(capsys, chat_model, prompt=None, prompt_file=str(source), system="no", **options)
+
+
+def test_only_replies_end_as_the_template_ends_them(chat_model, tmp_path, capsys, monkeypatch):
+    loaded = load(chat_model, "cpu", "32-true")
+    source = tmp_path / "p.jsonl"
+    asked = {"messages": [{"role": "user", "content": "hi"}]}
+    source.write_text("\n".join(map(json.dumps, [{"prompt": "the mill"}, asked])))
+    options = {"prompt": None, "prompt_file": str(source), "temperature": 0, "output": "-"}
+    options |= {"max_new_tokens": 12, "precision": "32-true"}
+
+    def texts():
+        return [json.loads(line) for line in run(capsys, chat_model, **options).out.splitlines()]
+
+    ends = set()
+    monkeypatch.setattr(generate_module, "reply_stop_ids", lambda _: frozenset(ends))
+    whole = texts()
+    assert [text["stop"] for text in whole] == ["max_new_tokens"] * 2
+    ends |= set(loaded.tokenizer.encode(whole[0]["completion"] + whole[1]["completion"][4:]))
+    plain, reply = texts()
+    assert plain == whole[0]
+    assert reply["stop"] == "eos"
+    assert reply["tokens"] < 12
+    assert whole[1]["completion"].startswith(reply["completion"])
 
 
 def test_special_tokens_in_a_chat_are_refused(chat_model, tmp_path, capsys):

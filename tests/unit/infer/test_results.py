@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from gristmill.infer import results
 from gristmill.infer.results import ResultFile
 from gristmill.util.errors import RunError, UserError
 
@@ -89,6 +90,33 @@ def test_a_full_disk_names_what_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(file, "_file", Full(file._file))
     with pytest.raises(RunError, match=r"No space.*1 texts are in it.*goes on"):
         file.add((1, 0), {})
+
+
+def test_two_commands_at_once_are_kept_apart(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResultFile(str(path), JOB, overwrite=False) as file:
+        file.add((0, 0), {"place": [0, 0]})
+        for job, overwrite in ((JOB, False), ({**JOB, "seed": 2}, True)):
+            with pytest.raises(UserError, match=r"another process is writing .*out\.jsonl now"):
+                ResultFile(str(path), job, overwrite=overwrite)
+    assert places_in(path) == [(0, 0)]
+
+
+def test_what_another_command_finished_meanwhile_is_not_replaced(tmp_path, monkeypatch):
+    path = tmp_path / "out.jsonl"
+    flock = results.fcntl.flock
+
+    def late(file, how):
+        """Another process ends between opening and locking."""
+        monkeypatch.setattr(results.fcntl, "flock", flock)
+        collect(path, [(3, 0)])
+        flock(file, how)
+
+    monkeypatch.setattr(results.fcntl, "flock", late)
+    with pytest.raises(UserError, match="exists"):
+        ResultFile(str(path), JOB, overwrite=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["out.jsonl"]
+    assert places_in(path) == [(3, 0)]
 
 
 class Full:

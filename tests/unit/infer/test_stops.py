@@ -1,4 +1,5 @@
 import itertools
+import time
 
 import pytest
 from hypothesis import given
@@ -63,3 +64,11 @@ def test_pieces_make_no_difference(stops, text, cuts):
     assert text.startswith(whole)
     assert stopped == any(stop in text for stop in stops if stop)
     assert not any(stop in whole for stop in stops if stop)
+
+
+def test_long_stops_cost_little():
+    stop = StopText(["a" * 999 + "b"] * 16)
+    start = time.perf_counter()
+    text = "".join(stop.put("a") for _ in range(3000))
+    assert text == "a" * (3000 - 999)
+    assert time.perf_counter() - start < 1

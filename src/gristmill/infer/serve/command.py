@@ -8,13 +8,14 @@ from importlib.util import find_spec
 
 from gristmill.config.serve import Serve
 from gristmill.infer.conversation import chat_ids, check_system, reply_stop_ids
-from gristmill.infer.load import LoadedModel, load, note, use_few_threads
+from gristmill.infer.load import LoadedModel, load_for_command, note
 from gristmill.infer.serve import server
 from gristmill.infer.serve.app import Service, build_app, is_this_machine
 from gristmill.infer.serve.engine import Engine
 from gristmill.infer.serve.requests import Defaults, Limits, Reader
 from gristmill.models.decoding import check_sampling
 from gristmill.util.errors import Interrupted, UserError
+from gristmill.util.extras import install_command
 
 KEY_VARIABLE = "GRISTMILL_API_KEY"
 SHORTEST_KEY = 8
@@ -37,15 +38,7 @@ def serve(cfg: Serve) -> None:
                 f"other machines can reach --host {cfg.host}, so clients must send a key, and "
                 f"there is none. set one first: export {KEY_VARIABLE}=$(openssl rand -hex 16)"
             )
-        loaded = load(
-            cfg.checkpoint_dir,
-            cfg.device,
-            cfg.precision,
-            tokenizer_dir=cfg.tokenizer_dir,
-            quantize=cfg.quantize,
-        )
-        use_few_threads(loaded)
-        note(loaded.summary())
+        loaded = load_for_command(cfg)
         service = build_service(cfg, loaded, key)
         engine = service.engine
         app = build_app(service)
@@ -171,7 +164,7 @@ def _check(cfg: Serve) -> None:
     if missing:
         raise UserError(
             f"serving needs packages that are not installed ({', '.join(missing)}). Install them: "
-            "pip install 'gristmill[serve]'"
+            f"{install_command('serve')}"
         )
     least = {
         "batch_size": 1,

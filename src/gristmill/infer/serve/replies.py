@@ -44,7 +44,10 @@ def model_body(name: str, created: int, max_length: int) -> Json:
 
 @dataclass
 class Answer:
-    """What is said to one request; pieces are added in the order in which they come."""
+    """What is said to one request: `whole` of the pieces that were added, or an `event` for each.
+
+    Pieces come in their order.
+    """
 
     wanted: Wanted
     model: str
@@ -57,13 +60,13 @@ class Answer:
         kind = "chatcmpl" if self.wanted.is_chat else "cmpl"
         self.id = self.id or f"{kind}-{secrets.token_hex(12)}"
         count = len(self.wanted.asks)
-        self._texts = list(self.wanted.echoes or [""] * count)
+        self._texts = [[text] for text in self.wanted.echoes or [""] * count]
         self._tokens: list[list[TokenLogprobs]] = [[] for _ in range(count)]
         self._finish: list[str | None] = [None] * count
 
     def add(self, number: int, piece: Piece) -> None:
         """Take in a piece of reply `number`."""
-        self._texts[number] += piece.text
+        self._texts[number].append(piece.text)
         self._tokens[number] += piece.tokens
         self._finish[number] = piece.finish
         self.num_tokens += piece.num_tokens
@@ -71,8 +74,8 @@ class Answer:
     def whole(self) -> Json:
         """The answer in one object, once all replies have ended."""
         choices = [
-            self._choice(number, text, self._tokens[number], self._finish[number])
-            for number, text in enumerate(self._texts)
+            self._choice(number, "".join(pieces), self._tokens[number], self._finish[number])
+            for number, pieces in enumerate(self._texts)
         ]
         kind = "chat.completion" if self.wanted.is_chat else "text_completion"
         return {**self._frame(kind), "choices": choices, "usage": self._usage()}
@@ -93,12 +96,10 @@ class Answer:
         return []
 
     def event(self, number: int, piece: Piece) -> bytes:
-        """The event, or the two, for a piece of reply `number`."""
+        """The event, or the two, for a piece of reply `number`, which is not kept."""
+        self.num_tokens += piece.num_tokens
         if not self.wanted.is_chat:
-            shown = self._choice(number, piece.text, list(piece.tokens), piece.finish)
-            self.add(number, piece)
-            return self._event([shown])
-        self.add(number, piece)
+            return self._event([self._choice(number, piece.text, list(piece.tokens), piece.finish)])
         events = []
         if piece.text or piece.tokens:
             delta = self._delta(number, {"content": piece.text}, piece.tokens, None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -86,7 +85,9 @@ class Reply:
             for token_id in ask.ids[-8:]:
                 self._decoder.put(token_id)
         self._stops = StopText(ask.stops)
-        self._counts: Counter[int] = Counter()
+        self._seen = dict.fromkeys(ask.ids)
+        self._written: set[int] = set()
+        self._added: Tensor | None = None
         self._num_chars = 0  # of all text, withheld text included
         self._num_shown = 0
         self._held: list[TokenLogprobs] = []
@@ -100,16 +101,9 @@ class Reply:
         """Logits [1, V] after penalties and biases; the same tensor where there are none."""
         ask = self.ask
         if ask.repetition_penalty != 1.0:
-            logits = penalize(logits, [[*ask.ids, *self._counts]], ask.repetition_penalty)
-        if (ask.presence_penalty or ask.frequency_penalty) and self._counts:
-            ids = torch.tensor(list(self._counts), device=logits.device)
-            times = torch.tensor(list(self._counts.values()), device=logits.device)
-            less = ask.presence_penalty + ask.frequency_penalty * times
-            logits = logits.index_add(1, ids, -less.to(logits.dtype).unsqueeze(0))
-        if ask.logit_bias:
-            ids = torch.tensor(list(ask.logit_bias), device=logits.device)
-            more = torch.tensor(list(ask.logit_bias.values()), device=logits.device)
-            logits = logits.index_add(1, ids, more.to(logits.dtype).unsqueeze(0))
+            logits = penalize(logits, [list(self._seen)], ask.repetition_penalty)
+        if self._adds:
+            logits = logits + self._additions(logits).to(logits.dtype)
         return logits
 
     def put(self, token_id: int, logits: Tensor) -> Piece | None:
@@ -120,7 +114,7 @@ class Reply:
             self.read_ids.append(self.last)
         self.last = token_id
         self.num_tokens += 1
-        self._counts[token_id] += 1
+        self._count(token_id, logits)
         if self.ask.num_logprobs is not None:
             self._held.append(self._logprobs(token_id, logits))
         text = self._shown(self._decoder.put(token_id))
@@ -129,6 +123,28 @@ class Reply:
         if self.num_tokens == self.ask.max_new_tokens:
             return self._end("length", text + self._shown(self._decoder.flush()))
         return Piece(text, self._new(), self._ready()) if text else None
+
+    @property
+    def _adds(self) -> bool:
+        ask = self.ask
+        return bool(ask.logit_bias or ask.presence_penalty or ask.frequency_penalty)
+
+    def _additions(self, logits: Tensor) -> Tensor:
+        """What is added to each logit now: biases, less penalties; kept from token to token."""
+        if self._added is None:
+            self._added = torch.zeros(logits.shape, device=logits.device)
+            for token_id, bias in self.ask.logit_bias.items():
+                self._added[0, token_id] = bias
+        return self._added
+
+    def _count(self, token_id: int, logits: Tensor) -> None:
+        """Let the penalties know of a token that was written."""
+        if self._adds:
+            is_new = token_id not in self._written
+            less = self.ask.frequency_penalty + is_new * self.ask.presence_penalty
+            self._additions(logits)[0, token_id] -= less
+        self._written.add(token_id)
+        self._seen[token_id] = None
 
     def _shown(self, text: str) -> str:
         """The part of new text that no stop withholds."""

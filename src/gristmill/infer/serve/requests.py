@@ -19,6 +19,9 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1000
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_LOGPROBS = 2**18
+"""Numbers in one answer, some 100 bytes each."""
+
 COMPLETION_TOKENS = 16
 """How long completions are that do not say, as in OpenAI's API."""
 
@@ -102,7 +105,7 @@ class Reader:
     def chat(self, body: bytes) -> Wanted:
         """What a request to /v1/chat/completions wants; raises Refused."""
         fields = self._fields(body)
-        messages = read_messages(fields.take("messages"))
+        messages = read_messages(fields.take("messages"), self.limits.max_length)
         if self.chat_ids is None:
             raise Refused(
                 f"the model {self.model} has no chat template. use /v1/completions, or put a "
@@ -228,12 +231,15 @@ class Reader:
             "goes_on": not is_chat,
             "stop_ids": stop_ids,
         }
-        return [
+        asks = [
             # Seeds wrap around where numbers do.
             Ask(ids=ids, max_new_tokens=room, seed=(seed + i) % 2**63, **how)
             for ids, room in ((ids, self._room(ids, length, is_chat)) for ids, _ in prompts)
             for i in range(count)
         ]
+        if num_logprobs is not None:
+            _check_logprobs(sum(ask.max_new_tokens for ask in asks), num_logprobs)
+        return asks
 
     def _room(self, ids: list[int], length: int | None, is_chat: bool) -> int:
         """How long a reply may be; raises Refused when prompt and reply do not fit."""
@@ -286,12 +292,22 @@ class Reader:
         )
 
 
-def read_messages(messages: Any) -> list[dict[str, Any]]:
-    """The messages of a conversation as templates take them: each a role and a text."""
+def read_messages(messages: Any, max_length: int) -> list[dict[str, Any]]:
+    """The messages of a conversation as templates take them: each a role and a text.
+
+    Raises Refused for another form, and for more than `max_length` tokens can hold.
+    """
     if not isinstance(messages, list) or not messages:
         raise Refused(
             'messages must be a list such as [{"role": "user", "content": "Hello"}], not empty.',
             param="messages",
+        )
+    if len(messages) > max_length:
+        raise Refused(
+            f"prompt and reply together have at most {max_length} tokens here, fewer than there "
+            f"are messages ({len(messages)}). send the newest.",
+            param="messages",
+            code="context_length_exceeded",
         )
     return [_read_message(message, number) for number, message in enumerate(messages)]
 
@@ -349,6 +365,16 @@ def _refuse_more_than_text(fields: Fields) -> None:
     fields.only("modalities", ["text"])
     fields.only("reasoning_effort", "none")
     fields.only("store", False)
+
+
+def _check_logprobs(num_tokens: int, num_logprobs: int) -> None:
+    """Refuse more of them than an answer can hold."""
+    if num_tokens * (1 + num_logprobs) > MAX_LOGPROBS:
+        raise Refused(
+            f"too many log-probabilities ({num_tokens:,} tokens in all replies, {1 + num_logprobs} "
+            f"for each; at most {MAX_LOGPROBS:,} in all). ask for fewer tokens or fewer of them.",
+            param="logprobs",
+        )
 
 
 def _read_stops(stop: Any) -> tuple[str, ...]:

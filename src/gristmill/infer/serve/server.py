@@ -15,12 +15,15 @@ from gristmill.infer.serve.app import ASGIApp
 from gristmill.infer.serve.engine import Engine
 from gristmill.util.errors import UserError
 
-SILENT_S = 30.0
-"""How long a connection may take to ask for something."""
+STILL_S = 30.0
+"""How long a client may take to ask for something, or to read some of what it is sent."""
+
+MORE_CONNECTIONS = 128
+"""How many are told that there are too many; those beyond are cut off without a word."""
+
+Stillness = tuple[Any, int, float]
 
 SETTINGS: dict[str, Any] = {
-    # What uvicorn always brings, whatever else is installed.
-    "http": "h11",
     # One line about each request is written by the application.
     "log_config": None,
     "log_level": "critical",
@@ -80,19 +83,38 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _end_silent(connections: Iterable[Any], since: dict[Any, float]) -> dict[Any, float]:
-    """Close connections that have long been without a request; those that are, and since when."""
+def _end_still(connections: Iterable[Any], since: dict[Any, Stillness]) -> dict[Any, Stillness]:
+    """Close connections whose clients have not moved for long; where those are that may, and when.
+
+    Each that is not the server's to go on with is returned with its request, the bytes that its
+    client has not read, and since when these are the same.
+    """
     now = time.monotonic()
-    silent = {c: since.get(c, now) for c in connections if _is_silent(c)}
-    for connection, start in silent.items():
-        if now - start > SILENT_S:
+    still: dict[Any, Stillness] = {}
+    for connection in connections:
+        unread, cycle = connection.transport.get_write_buffer_size(), connection.cycle
+        if not unread and cycle is not None and not cycle.response_complete:
+            continue
+        before = since.get(connection)
+        start = before[2] if before is not None and before[:2] == (cycle, unread) else now
+        still[connection] = cycle, unread, start
+        if now - start > STILL_S:
             connection.transport.abort()
-    return silent
+    return still
 
 
-def _is_silent(connection: Any) -> bool:
-    cycle = connection.cycle
-    return cycle is None or cycle.response_complete
+def _protocol(most: int) -> type[asyncio.Protocol]:
+    """What reads and writes a connection, of which there are at most so many."""
+    # The one that uvicorn always has, whatever else is installed.
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > most:
+                transport.abort()
+
+    return Protocol
 
 
 def build_server(
@@ -113,12 +135,12 @@ def build_server(
 
     class Server(uvicorn.Server):
         forced_by: int | None = None
-        silent_since: dict[Any, float] = {}
+        still: dict[Any, Stillness] = {}
 
         async def on_tick(self, counter: int) -> bool:
             if counter % 10 == 0:
-                # uvicorn waits for ever for a request that never becomes whole.
-                self.silent_since = _end_silent(self.server_state.connections, self.silent_since)
+                # uvicorn waits for ever for a request that never becomes whole, and for a reader.
+                self.still = _end_still(self.server_state.connections, self.still)
             return await super().on_tick(counter)
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -148,6 +170,7 @@ def build_server(
     return Server(
         uvicorn.Config(
             app,
+            http=_protocol(max_connections + MORE_CONNECTIONS),
             limit_concurrency=max_connections,
             timeout_graceful_shutdown=patience,
             **SETTINGS,

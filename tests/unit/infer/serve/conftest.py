@@ -21,6 +21,7 @@ from gristmill.infer.serve.app import Service, build_app
 from ..conftest import TEMPLATE, make_model
 
 KEY = "a-key-of-tests"
+LIVE: set[Any] = set()
 
 
 class Slow:
@@ -76,6 +77,12 @@ class Running:
             with error:
                 return error.code, json.load(error)
 
+    def settle(self) -> None:
+        """Wait until every request that was answered has its line."""
+        end = time.monotonic() + 5
+        while self.web.server_state.tasks and time.monotonic() < end:
+            time.sleep(0.005)
+
     def idle(self, timeout_s: float = 10.0) -> bool:
         """Whether nothing is written or waits, soon."""
         engine, end = self.service.engine, time.monotonic() + timeout_s
@@ -93,6 +100,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_lines() -> Iterator[None]:
+    """The line about a request is written in the test that asked, and nowhere between tests."""
+    yield
+    for running in LIVE:
+        running.settle()
 
 
 @contextmanager
@@ -117,10 +132,13 @@ def serving(path: Path, *, step_s: float = 0.0, key: str | None = None, **settin
         )
         thread = threading.Thread(target=web.run, kwargs={"sockets": [listener]})
         thread.start()
+        running = Running(server.url(listener), service, web, slow)
         try:
             assert ready.wait(10)
-            yield Running(server.url(listener), service, web, slow)
+            LIVE.add(running)
+            yield running
         finally:
+            LIVE.discard(running)
             web.should_exit = True
             thread.join(20)
             service.engine.stop()

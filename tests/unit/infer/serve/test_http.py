@@ -294,12 +294,87 @@ def test_lines_about_requests_hold_no_texts_and_no_keys(base_model, capsys):
 
 
 def test_silent_connections_are_ended(chatty, monkeypatch):
-    monkeypatch.setattr(server, "SILENT_S", 0.5)
+    monkeypatch.setattr(server, "STILL_S", 0.5)
     host, port = chatty.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as plain:
         plain.sendall(b"GET /health HTTP/1.1\r\nHost: localh")
         with contextlib.suppress(ConnectionError):
             assert plain.recv(10) == b""
+
+
+def test_clients_that_never_read_are_ended(long_model, monkeypatch):
+    monkeypatch.setattr(server, "STILL_S", 0.5)
+    # Some megabytes, more than the system keeps for a connection.
+    body = json.dumps({**LONG, "n": 6, "logprobs": 20, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    with serving(long_model, batch_size=6) as running, socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = running.url.removeprefix("http://").split(":")
+        plain.connect((host, int(port)))
+        plain.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        while not running.service.engine.num_active:
+            time.sleep(0.01)
+        end = time.monotonic() + 30
+        while running.web.server_state.connections and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not running.web.server_state.connections
+        assert running.idle(5)
+
+
+class Connection:
+    """What the server's watch sees of a connection."""
+
+    def __init__(self, cycle, unread=0):
+        self.cycle, self.unread, self.is_aborted = cycle, unread, False
+        self.transport = self
+
+    def get_write_buffer_size(self):
+        return self.unread
+
+    def abort(self):
+        self.is_aborted = True
+
+
+class Cycle:
+    def __init__(self, *, response_complete):
+        self.response_complete = response_complete
+
+
+def test_only_clients_that_do_not_move_are_ended(monkeypatch):
+    monkeypatch.setattr(server, "STILL_S", 10)
+    clock = iter(range(0, 100, 6))
+    monkeypatch.setattr(server.time, "monotonic", lambda: next(clock))
+    nothing_asked = Connection(None)
+    asks_again = Connection(Cycle(response_complete=True))
+    waits_for_us = Connection(Cycle(response_complete=False))
+    reads_slowly = Connection(Cycle(response_complete=False), unread=1000)
+    reads_the_end = Connection(Cycle(response_complete=True), unread=1000)
+    reads_nothing = Connection(Cycle(response_complete=False), unread=1000)
+    connections = [nothing_asked, asks_again, waits_for_us]
+    connections += [reads_slowly, reads_the_end, reads_nothing]
+    still = {}
+    for _ in range(4):
+        still = server._end_still(connections, still)
+        asks_again.cycle = Cycle(response_complete=True)
+        reads_slowly.unread -= 1
+        reads_the_end.unread -= 1
+    ended = [connection for connection in connections if connection.is_aborted]
+    assert ended == [nothing_asked, reads_nothing]
+
+
+def test_more_connections_than_anybody_needs_are_cut_off(base_model, monkeypatch):
+    monkeypatch.setattr(server, "MORE_CONNECTIONS", 2 - 256)
+    with serving(base_model) as running, contextlib.ExitStack() as stack:
+        host, port = running.url.removeprefix("http://").split(":")
+        plain = [
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=10))
+            for _ in range(4)
+        ]
+        for one in plain[2:]:
+            with contextlib.suppress(ConnectionError):
+                assert one.recv(10) == b""
+        plain[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert plain[0].recv(100).startswith(b"HTTP/1.1 200")
 
 
 FIFTY = {"right": 15, "stream": 9, "leave": 10, "n": 1, "malformed": 3, "too long": 3}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from gristmill.infer.serve import requests
 from gristmill.infer.serve.fields import Refused
 from gristmill.infer.serve.requests import Defaults, Limits, Reader, read_messages
 
@@ -102,6 +103,7 @@ def test_what_is_wrong_with_a_completion(field, value, says):
     [
         ({"messages": None}, "messages is missing"),
         ({"messages": "hi"}, "messages must be"),
+        ({"messages": HELLO * 101}, "fewer than there are messages (101)"),
         ({"messages": ["hi"]}, "messages[0] must be an object"),
         ({"messages": [{"content": "x"}]}, "the role of messages[0]"),
         ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "the role of messages[1]"),
@@ -172,6 +174,17 @@ def test_a_template_without_a_place_for_system_prompts():
         reader(takes_system=False).chat(json.dumps(told).encode())
 
 
+def test_log_probabilities_of_an_answer_are_bounded(monkeypatch):
+    monkeypatch.setattr(requests, "MAX_LOGPROBS", 8 * 16 * 21)
+    assert len(completion(n=8, logprobs=20).asks) == 8
+    for fields in ({"n": 8, "max_tokens": 17}, {"prompt": ["a"] * 8, "max_tokens": 17}):
+        with pytest.raises(
+            Refused, match=r"\(136 tokens in all replies, 21 for each; at most 2,688"
+        ):
+            completion(**fields, logprobs=20)
+        assert completion(**fields, logprobs=18).asks
+
+
 def test_messages_as_templates_take_them():
     told = [
         {"role": "developer", "content": "be brief"},
@@ -179,7 +192,7 @@ def test_messages_as_templates_take_them():
         {"role": "assistant", "content": "c", "refusal": None, "tool_calls": None},
         {"role": "user", "content": "", "name": "Anna"},
     ]
-    assert read_messages(told) == [
+    assert read_messages(told, 4) == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "ab"},
         {"role": "assistant", "content": "c"},
