@@ -1,13 +1,18 @@
 """Answers per second of `gristmill evaluate` beside lm-evaluation-harness's Hugging Face model.
 
-    python benchmarks/evaluate.py --evals EVALS --tokenizer_dir NEOX [--precision bf16-true]
-        [--model DIRECTORY] [--peer_python PEER/bin/python] [--limit N] [--rounds 5]
+    python benchmarks/evaluate.py --evals EVALS --tokenizer_dir NEOX
+        [--precision bf16-true 32-true] [--model DIRECTORY] [--peer_python PEER/bin/python]
+        [--limit N] [--questions N] [--rounds 3]
 
 EVALS is a folder of BLiMP files (`sentence_good`, `sentence_bad`). Without `--model` a random
 Llama-shaped model of 135 M parameters is measured. Two processes, ours and the peer, each with the
-model in memory, answer the same requests in turns; the peer at each of its batch sizes, of which
-its best counts. Two sets: the pairs themselves, and questions of eight sentences with four answers
+model in memory, answer the same requests in turns; the peer at the batch size that was its best on
+a part of them. Two sets: the pairs themselves, and questions of eight sentences with four answers
 each. Loading, tokenizers' first use and imports are not counted.
+
+Both answer every item, and the items that they decide otherwise are counted. Two precisions compute
+with the same weights, so that each side's rounding is also seen by itself: the items that it
+decides otherwise than it does in float32, and how far apart the two sentences are there.
 """
 
 from __future__ import annotations
@@ -36,26 +41,34 @@ SHAPE = {
     "tie_embeddings": True,
 }
 DTYPES = {"32-true": "float32", "bf16-true": "bfloat16"}
-PEER_SIZES = (8, 32, 64)
+PEER_SIZES = (4, 8, 16, 32, 64)
+PROBE = 200
+"""Requests of a set on which the peer's batch sizes are compared."""
 
 
-def requests(evals: Path, limit: int) -> dict[str, list[tuple[str, str]]]:
+def requests(args: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
     """(context, continuation) of both sets."""
     rows = []
-    for file in sorted(evals.glob("*.jsonl")):
+    for file in sorted(args.evals.glob("*.jsonl")):
         lines = file.read_text(encoding="utf-8").splitlines()
-        rows += [json.loads(line) for line in lines[:limit]]
+        rows += [json.loads(line) for line in lines[: args.limit]]
     pairs = [("", " " + row[key]) for row in rows for key in ("sentence_good", "sentence_bad")]
     choices = []
     sentences = [row["sentence_good"] for row in rows]
     for start in range(0, len(sentences) - 12, 12):
         context = " ".join(sentences[start : start + 8])
         choices += [(context, " " + answer) for answer in sentences[start + 8 : start + 12]]
-    return {"pairs": pairs, "choices": choices}
+    sets = {"pairs": pairs, "choices": choices[: 4 * args.questions]}
+    return {name: found for name, found in sets.items() if found}
 
 
-def write_model(out: Path, tokenizer_dir: str, dtype: str) -> None:
-    """A random model as a Hugging Face directory."""
+def part(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """About PROBE of them, from everywhere."""
+    return pairs[:: max(1, len(pairs) // PROBE)]
+
+
+def write_model(out: Path, tokenizer_dir: str) -> None:
+    """A random model as a Hugging Face directory, in bf16, which both precisions hold exactly."""
     import torch
 
     from gristmill.config.model import ModelConfig
@@ -66,14 +79,15 @@ def write_model(out: Path, tokenizer_dir: str, dtype: str) -> None:
     model = Decoder(ModelConfig(**SHAPE))
     init_weights(model, seed=1)
     weights = dict(model.state_dict())
-    hf.write(out, model.config, weights, tokenizer_dir=tokenizer_dir, dtype=getattr(torch, dtype))
+    hf.write(out, model.config, weights, tokenizer_dir=tokenizer_dir, dtype=torch.bfloat16)
 
 
 def work(args: argparse.Namespace) -> None:
     """A measured process: a line `SET SIZE` on stdin is one round, its seconds the answer."""
     from lm_eval.api.instance import Instance
 
-    sets = requests(args.evals, args.limit)
+    sets = requests(args)
+    sets |= {f"{name}:part": part(pairs) for name, pairs in sets.items()}
     if args.role == "ours":
         from gristmill.measure.subject import Subject
 
@@ -85,7 +99,7 @@ def work(args: argparse.Namespace) -> None:
                 subjects[size] = Subject(
                     args.model,
                     device="cpu",
-                    precision=args.precision,
+                    precision=args.precision[0],
                     batch_size=batch_size,
                     seed=1,
                 )
@@ -94,7 +108,7 @@ def work(args: argparse.Namespace) -> None:
     else:
         from lm_eval.models.huggingface import HFLM
 
-        peer = HFLM(str(args.model), device="cpu", dtype=DTYPES[args.precision])
+        peer = HFLM(str(args.model), device="cpu", dtype=DTYPES[args.precision[0]])
 
         def answer(pairs: list[tuple[str, str]], size: str) -> list[Any]:
             peer.batch_size_per_gpu = int(size)
@@ -115,15 +129,17 @@ def work(args: argparse.Namespace) -> None:
 class Worker:
     """A process that answers, one round at a time."""
 
-    def __init__(self, python: str, role: str, sizes: str, args: argparse.Namespace) -> None:
+    def __init__(
+        self, python: str, role: str, sizes: str, precision: str, args: argparse.Namespace
+    ) -> None:
         command = [python, __file__, "--role", role, "--sizes", sizes, "--evals", str(args.evals)]
-        command += ["--model", str(args.model), "--precision", args.precision]
-        command += ["--limit", str(args.limit)]
+        command += ["--model", str(args.model), "--precision", precision]
+        command += ["--limit", str(args.limit), "--questions", str(args.questions)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(args.work_dir / f"{role}.log").open("w"),
+            stderr=(args.work_dir / f"{role}-{precision}.log").open("w"),
             text=True,
         )
         while (line := self._stdout.readline()) and line != "ready\n":
@@ -148,27 +164,33 @@ class Worker:
         return result["seconds"], result["answers"]
 
 
-def accuracy(answers: list[Any]) -> list[bool]:
-    """Which sentence of each pair is the likelier one."""
-    return [good[0] > bad[0] for good, bad in zip(answers[::2], answers[1::2])]
+def margins(answers: list[Any]) -> list[float]:
+    """By how much the right sentence of each pair is the likelier one; it is chosen above 0."""
+    return [good[0] - bad[0] for good, bad in zip(answers[::2], answers[1::2])]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def otherwise(ones: list[float], others: list[float]) -> list[int]:
+    """The items that are decided otherwise."""
+    return [i for i, (a, b) in enumerate(zip(ones, others)) if (a > 0) != (b > 0)]
+
+
+def measure(precision: str, args: argparse.Namespace) -> dict[str, Any]:
     """Rounds in turns; seconds by set and who, and how the answers compare."""
-    ours = Worker(sys.executable, "ours", "auto", args)
+    ours = Worker(sys.executable, "ours", "auto", precision, args)
     sizes = [str(size) for size in PEER_SIZES]
-    peer = Worker(args.peer_python, "peer", ",".join(sizes), args)
+    peer = Worker(args.peer_python, "peer", ",".join(sizes), precision, args)
     out: dict[str, Any] = {}
-    for name, pairs in requests(args.evals, args.limit).items():
-        # One round of each size finds the peer's best; only that is measured again.
-        first = {size: peer.round(name, size)[0] for size in sizes}
+    for name, pairs in requests(args).items():
+        first = {size: peer.round(f"{name}:part", size)[0] for size in sizes}
         best = min(first, key=lambda size: first[size])
+        ours.round(f"{name}:part", "auto")
         seconds: dict[str, list[float]] = {"ours": [], "peer": []}
         for _ in range(args.rounds):
             taken, found = ours.round(name, "auto")
             seconds["ours"].append(taken)
             taken, theirs = peer.round(name, best)
             seconds["peer"].append(taken)
+            print(f"{precision} {name}: {seconds}", file=sys.stderr, flush=True)
         ratios = [b / a for a, b in zip(seconds["ours"], seconds["peer"])]
         out[name] = {
             "answers": len(pairs),
@@ -179,12 +201,48 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "largest_difference": max(abs(a[0] - b[0]) for a, b in zip(found, theirs)),
         }
         if name == "pairs":
-            mine, other = accuracy(found), accuracy(theirs)
-            out[name]["accuracy"] = [sum(mine) / len(mine), sum(other) / len(other)]
-            out[name]["items_that_differ"] = sum(a != b for a, b in zip(mine, other))
+            mine, other = margins(found), margins(theirs)
+            apart = otherwise(mine, other)
+            out[name]["accuracy"] = [sum(m > 0 for m in each) / len(each) for each in (mine, other)]
+            out[name]["items"] = len(mine)
+            out[name]["items_that_differ"] = len(apart)
+            out[name]["margins"] = {"ours": mine, "peer": other}
     for worker in (ours, peer):
         worker.process.kill()
     return out
+
+
+def rounding(results: dict[str, Any]) -> dict[str, Any]:
+    """What each side's rounding changes against its own float32, and how near a tie that was."""
+    exact = results.get("32-true", {}).get("pairs")
+    rounded = results.get("bf16-true", {}).get("pairs")
+    if not exact or not rounded:
+        return {}
+    out = {}
+    for who in ("ours", "peer"):
+        truth = exact["margins"][who]
+        changed = otherwise(truth, rounded["margins"][who])
+        out[who] = {
+            "items_that_differ": len(changed),
+            "largest_margin": max((abs(truth[i]) for i in changed), default=0.0),
+        }
+    return out
+
+
+def lines_of(precision: str, results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of the table for people."""
+    rows = []
+    for name, result in results.items():
+        for who in ("ours", "peer"):
+            seconds = statistics.median(result["seconds"][who])
+            label = "gristmill" if who == "ours" else f"peer, batch {result['peer_batch_size']}"
+            rate = result["answers"] / seconds
+            rows.append((f"{precision} {name}: {label}", f"{seconds:.2f}", f"{rate:.0f}"))
+        rows.append((f"{precision} {name}: ratio", f"{result['ratio']:.2f}", ""))
+        if "items" in result:
+            apart = f"{result['items_that_differ']} of {result['items']}"
+            rows.append((f"{precision} {name}: items decided otherwise", apart, ""))
+    return rows
 
 
 def main() -> None:
@@ -193,10 +251,13 @@ def main() -> None:
     parser.add_argument("--evals", type=Path, required=True)
     parser.add_argument("--tokenizer_dir", default=None)
     parser.add_argument("--model", type=Path, default=None)
-    parser.add_argument("--precision", choices=sorted(DTYPES), default="bf16-true")
+    parser.add_argument(
+        "--precision", choices=sorted(DTYPES), nargs="+", default=["bf16-true", "32-true"]
+    )
     parser.add_argument("--peer_python", default=sys.executable)
     parser.add_argument("--limit", type=int, default=1000, help="pairs of each file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--questions", type=int, default=60, help="questions with four answers")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work_dir", type=Path, default=None)
     parser.add_argument("--role", choices=("ours", "peer"), help="a measured process")
     parser.add_argument("--sizes", default="", help="batch sizes of a measured process")
@@ -207,26 +268,24 @@ def main() -> None:
     args.work_dir = args.work_dir or Path(tempfile.mkdtemp(prefix="evaluate-bench-"))
     args.work_dir.mkdir(parents=True, exist_ok=True)
     if args.model is None:
-        args.model = args.work_dir / f"model-{args.precision}"
+        args.model = args.work_dir / "model"
         if not args.model.exists():
-            write_model(args.model, args.tokenizer_dir, DTYPES[args.precision])
-    results = measure(args)
-    rows = []
-    for name, result in results.items():
-        for who in ("ours", "peer"):
-            seconds = statistics.median(result["seconds"][who])
-            label = "gristmill" if who == "ours" else f"peer, batch {result['peer_batch_size']}"
-            rate = result["answers"] / seconds
-            rows.append((f"{name}: {label}", f"{seconds:.2f}", f"{rate:.0f}"))
-        rows.append((f"{name}: ratio", f"{result['ratio']:.2f}", ""))
-    print_table((args.precision, "s", "answers/s"), rows)
-    packages = ["torch", "transformers", "lm_eval"]
+            write_model(args.model, args.tokenizer_dir)
+    results = {precision: measure(precision, args) for precision in args.precision}
+    rows = [row for precision, found in results.items() for row in lines_of(precision, found)]
+    changes = rounding(results)
+    for who, change in changes.items():
+        label = "gristmill" if who == "ours" else "peer"
+        rows.append((f"bf16 against 32: {label}", str(change["items_that_differ"]), ""))
+    print_table(("", "s", "answers/s"), rows)
+    for found in results.values():
+        found.get("pairs", {}).pop("margins", None)
     line = {
         "benchmark": "evaluate",
-        "model": str(args.model.name),
-        "precision": args.precision,
+        "model": args.model.name,
         "results": results,
-        "peer": versions(args.peer_python, packages),
+        "bf16_against_32": changes,
+        "peer": versions(args.peer_python, ["torch", "transformers", "lm_eval"]),
         **environment(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)),
     }
     print(json.dumps(line))
