@@ -182,5 +182,5 @@ def test_what_does_not_suit_the_model_is_refused():
 
 def test_without_peft_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setattr("gristmill.finetune.lora.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'gristmill\[finetune\]'"):
+    with pytest.raises(UserError, match=r"Install it: .*\[finetune\]"):
         Lora(FinetuneLora())

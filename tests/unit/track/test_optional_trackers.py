@@ -33,7 +33,7 @@ def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch, name
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for package in ("wandb", "mlflow", "trackio"):
         monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"pip install 'gristmill\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"pip install .*\[{name}\]"):
         open_trackers([name], tmp_path, LogArgs(), start_step=0)
 
 
