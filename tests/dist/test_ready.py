@@ -44,10 +44,10 @@ def two(world, ranks) -> str:
     return "two"
 
 
-def say(late: bool, more: bool) -> tuple[list[str], bool]:
+def say(late: bool, more: bool) -> tuple[dict[int, str], bool]:
     """What ranks hear from each other, of which the second says nothing, or has come less far."""
     mesh = open_mesh(Parallel(), CPU)
-    heard, waiting = ([], False), None
+    heard, waiting = ({}, False), None
     if more and mesh.rank == 0:
         group = mesh.device_mesh["shard"].get_group()
         waiting = dist.all_reduce(torch.ones(1), group=group, async_op=True)
@@ -62,10 +62,10 @@ def say(late: bool, more: bool) -> tuple[list[str], bool]:
 
 
 def test_ranks_hear_how_it_went_and_whether_they_are_together(ranks):
-    both = ["rank 0", "rank 1"]
+    both = {0: "rank 0", 1: "rank 1"}
     assert ranks(2, say, False, False) == [(both, True)] * 2
     assert ranks(2, say, False, True) == [(both, False)] * 2
-    assert ranks(2, say, True, False)[0] == (["rank 0"], False)
+    assert ranks(2, say, True, False)[0] == ({0: "rank 0"}, False)
 
 
 def scarce(root: Path, name: str, ranks: tuple[int, ...], *more: str) -> tuple[int, str]:

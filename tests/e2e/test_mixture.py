@@ -1,13 +1,17 @@
 """Training on a mixture, from folders and from an object store, through the command line."""
 
 import json
+import math
 import shutil
 
 import pytest
+import torch
 from small import MODEL, train_tokenizer, write_novels
 
 from gristmill.cli import main
 from gristmill.data.reading.corpus import Corpus, Part
+from gristmill.formats.model_dir import load_model
+from gristmill.train.batch import TokenBatch
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,32 @@ def test_a_mixture_trains_and_counts_epochs_of_each_source(corpora, tmp_path, ca
     sources[0]["weight"] = 0.6
     assert pretrain(sources, tmp_path / "run") == 2
     assert "data" in capsys.readouterr().err
+
+
+def test_validation_is_of_each_source_too(corpora, tmp_path):
+    words = ["prepare", "textfiles", "--input_dir", str(corpora / "more"), "--val_fraction", "0.3"]
+    words += ["--output_dir", str(tmp_path / "tales")]
+    assert main([*words, "--tokenizer_dir", str(corpora / "tokenizer")]) == 0
+    places = {"web": corpora / "web", "tales": tmp_path / "tales"}
+    assert pretrain([{"path": str(place)} for place in places.values()], tmp_path / "run") == 0
+    row = rows(tmp_path / "run")[-1]
+    model = load_model(tmp_path / "run/final")
+    totals = []
+    for name, place in places.items():
+        held_out = Corpus.open([Part(place / "val")])
+        samples = held_out.held_out(MODEL["max_seq_length"])
+        read = samples.batch(0, samples.num_samples)
+        batch = TokenBatch.of(read, torch.device("cpu"), document_mask=True)
+        micro = next(batch.micro_batches(samples.num_samples))
+        with torch.no_grad():
+            total = model(micro.inputs, micro.targets, documents=micro.documents).item()
+        totals.append((total, batch.num_targets))
+        loss = total / batch.num_targets
+        assert row[f"val_loss/{name}"] == pytest.approx(loss, rel=1e-5)
+        bits = loss / math.log(2) / held_out.bytes_per_token
+        assert row[f"val_bits_per_byte/{name}"] == pytest.approx(bits, rel=1e-5)
+    whole = sum(total for total, _ in totals) / sum(count for _, count in totals)
+    assert row["val_loss"] == pytest.approx(whole, rel=1e-5)
 
 
 def test_a_source_is_not_read_more_often_than_allowed(corpora, tmp_path, capsys):

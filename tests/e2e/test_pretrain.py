@@ -269,8 +269,11 @@ def test_trackers_write_beside_the_metrics_and_no_key_is_kept(world, tmp_path, m
     for name in names:
         monkeypatch.setenv(name, f"sesame-of-{name}")
     run = tmp_path / "run"
-    trackers = ("--logger_name", "csv,tensorboard")
-    assert main(pretrain(world, run, *trackers, "--train.max_steps", "5")) == 0
+    # A shell puts the value where `$HF_TOKEN` is typed.
+    typed = f"echo {{model}} sesame-of-{names[1]}; echo https://me:sesame-open@example.org"
+    more = ("--logger_name", "csv,tensorboard", "--eval.command", typed)
+    assert main(pretrain(world, run, *more, "--train.max_steps", "5")) == 0
+    assert "***" in (run / "eval/step-00000005.log").read_text()
     assert (run / "metrics.csv").is_file()
     assert list((run / "tensorboard").iterdir())
     files = [path for path in run.rglob("*") if path.is_file()]

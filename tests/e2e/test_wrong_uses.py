@@ -102,6 +102,17 @@ def test_unknown_option(refused, pretrain):
     refused([*pretrain, "--train.max_token", "5"], "--train.max_token", "--train.max_tokens")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--parallel.pipeline", "2"), "There is no pipeline parallel yet"),
+        (("--precision", "float8"), "bf16-mixed"),
+    ],
+)
+def test_what_is_not_there_yet_is_refused_in_words(refused, pretrain, words, says):
+    refused([*pretrain, *words], words[0], says)
+
+
 def test_unknown_option_of_the_data(refused, pretrain):
     refused([*pretrain, "--data.patern", "*.txt"], "--data.patern", "--data.pattern")
 

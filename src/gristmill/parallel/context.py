@@ -56,7 +56,7 @@ class Sequence:
 
 
 def _gathered(part: Tensor, axis: DeviceMesh) -> Tensor:
-    whole = collectives.all_gather_tensor_autograd(part.contiguous(), 2, axis)
+    whole = collectives.all_gather_single_autograd(part.contiguous(), 2, axis)
     return collectives.wait_tensor(whole)
 
 

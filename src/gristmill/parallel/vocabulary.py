@@ -36,7 +36,7 @@ class Vocabulary:
     def gather(self, logits: Tensor) -> Tensor:
         """The logits of all rows, in their order, of this process's [..., rows]; no gradient."""
         padded = F.pad(logits.detach(), (0, self.most - logits.shape[-1]))
-        whole = collectives.all_gather_tensor(padded, padded.ndim - 1, self.axis)
+        whole = collectives.all_gather_single(padded, padded.ndim - 1, self.axis)
         return collectives.wait_tensor(whole)
 
 

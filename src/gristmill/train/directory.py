@@ -31,6 +31,7 @@ from gristmill.config.commands import Training
 from gristmill.config.parse import to_dict
 from gristmill.train.length import Length
 from gristmill.util.errors import UserError
+from gristmill.util.secrets import redact
 
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -275,7 +276,7 @@ def write(
     """Record the run, atomically."""
     content = {
         "gristmill": __version__,
-        "settings": to_dict(cfg),
+        "settings": yaml.safe_load(redact(yaml.safe_dump(to_dict(cfg), sort_keys=False))),
         "length": dataclasses.asdict(length),
         "micro_batch_size": micro_batch_size,
         "identity": wanted,

@@ -17,8 +17,6 @@ COMPILER_ERRORS = (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.I
 COMPILER, MEMORY = "compiler", "memory"
 OTHERS_WAIT_S = 120.0
 """How long a rank whose step has failed waits for what the others say of theirs."""
-ALL_WAIT_S = 86_400.0
-"""And one whose step has worked: longer than anybody compiles."""
 
 
 def dry_run(run: Run) -> Job | None:
@@ -37,10 +35,13 @@ def dry_run(run: Run) -> Job | None:
         job.device,
         f"{job.micro_batch_size} {job.compiles}",
         f"{kind} {reason}" if kind else "",
-        OTHERS_WAIT_S if kind else ALL_WAIT_S,
+        OTHERS_WAIT_S if kind else run.timeout_s,
     )
-    found = [words.partition(" ") for words in said if words]
+    found = [words.partition(" ") for words in said.values() if words]
     if not found:
+        silent = ", ".join(str(rank) for rank in range(run.mesh.world) if rank not in said)
+        if not together:
+            raise RuntimeError(f"rank {silent} has not made the dry run in {run.timeout_s:g} s")
         return None
     if reasons := [reason for kind, _, reason in found if kind == COMPILER]:
         if not together:

@@ -108,8 +108,9 @@ class Evaluation:
                 what = "the export for --eval.command"
                 if code == 0:
                     code, what = self._call(command, output), "--eval.command"
+            log.write_text(redact(log.read_text(errors="replace")))
             if not self._stopped:
-                last = redact(_last_line(log))
+                last = _last_line(log)
                 self._said.append(f"step {step:,}: {what} ended with {code}: {last} ({log})")
         except OSError as error:
             self._said.append(f"step {step:,}: --eval.command could not be run ({error})")

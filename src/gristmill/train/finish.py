@@ -15,6 +15,7 @@ from gristmill.config.parse import to_yaml
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.train.run import Run
 from gristmill.util.errors import Interrupted, RunError
+from gristmill.util.secrets import redact
 
 FINAL = "final"
 TRAINING_FILE = "training.json"
@@ -86,7 +87,7 @@ def _write_final(run: Run, model: nn.Module, saved: Path) -> None:
     else:
         weights = open_tensors(weight_files(saved / "weights"))
     files = {
-        "hyperparameters.yaml": to_yaml(run.job.cfg),
+        "hyperparameters.yaml": redact(to_yaml(run.job.cfg)),
         TRAINING_FILE: json.dumps(
             {"gristmill": __version__, "step": run.state.step, "tokens": run.state.tokens}
         ),

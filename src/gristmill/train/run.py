@@ -119,9 +119,8 @@ class Run:
         with ExitStack() as undo:
             stall_s = seconds(self.job.cfg.stall_timeout, "--stall_timeout")
             # Who waits for the others hears from the heartbeat, earlier, who they are.
-            self.mesh = open_mesh(
-                self.job.cfg.parallel, self.job.device, timeout_s=2 * stall_s + MEETING_S
-            )
+            self.timeout_s = 2 * stall_s + MEETING_S
+            self.mesh = open_mesh(self.job.cfg.parallel, self.job.device, timeout_s=self.timeout_s)
             self.ranks = Ranks.open()
             self._settle_alike()
             self.ranks.main_does(self._take_lock)

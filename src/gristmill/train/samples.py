@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 TEMPERATURE, TOP_K = 0.8, 50
 
 
-def write_samples(
+def write_sample(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompt: str,
     *,
     max_new_tokens: int,
     seed: int,
@@ -29,16 +28,41 @@ def write_samples(
     encode: Callable[[str], list[int]] | None = None,
     stop_ids: frozenset[int] | None = None,
     ranks: Ranks = ALONE,
-) -> list[str]:
-    """What the model writes after each prompt, begun with BOS or not, the prompt left out.
+) -> str:
+    """What the model writes after a prompt, begun with BOS or not; the prompt left out.
 
     The model is used as it stands, in its training type, and stays as it is; random choices come
     from a source of their own, the same at every call. Blocks run uncompiled: every new length
     would be compiled anew. `encode` makes the ids of a prompt, and `stop_ids` end a text, where
     these are not the tokenizer's own. Ranks that share the model do this together, and get the
-    same texts.
+    same text.
     """
-    stop = frozenset(tokenizer.stop_ids) if stop_ids is None else stop_ids
+    ids = tokenizer.encode(prompt, bos=bos) if encode is None else encode(prompt)
+    ids = ids or [tokenizer.eos_id or 0]
+    with _at_rest(model):
+        context = _Together(model, ranks, autocast)
+        ids = ids[-max(1, context.limit - max_new_tokens) :]
+        new = list(
+            generate_tokens(
+                context,
+                ids,
+                max_new_tokens=max_new_tokens,
+                temperature=TEMPERATURE,
+                top_k=TOP_K,
+                eos_ids=tokenizer.stop_ids if stop_ids is None else stop_ids,
+                generator=torch.Generator(context.device).manual_seed(seed),
+            )
+        )
+    decoder = tokenizer.decoder()
+    # The last few settle whether a leading space is one.
+    for token_id in ids[-8:]:
+        decoder.put(token_id)
+    return "".join([decoder.put(token_id) for token_id in new] + [decoder.flush()])
+
+
+@contextlib.contextmanager
+def _at_rest(model: Decoder) -> Iterator[None]:
+    """The model as it decodes, uncompiled; afterwards it is as it was."""
     compiled, training = model.compiled, model.training
     eager: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if compiled:
@@ -47,18 +71,7 @@ def write_samples(
     model.compiled = False
     try:
         with eager:
-            encode = encode or partial(tokenizer.encode, bos=bos)
-            return [
-                _continued(
-                    _Together(model, ranks, autocast),
-                    tokenizer,
-                    encode(prompt),
-                    max_new_tokens,
-                    seed,
-                    stop,
-                )
-                for prompt in prompts
-            ]
+            yield
     finally:
         model.compiled = compiled
         model.train(training)
@@ -84,29 +97,3 @@ class _Together(Context):
 
     def _of_main(self, logits: Tensor) -> Tensor:
         return self._ranks.main_says(logits.cpu()).to(self.device)
-
-
-def _continued(
-    context: Context,
-    tokenizer: Tokenizer,
-    ids: list[int],
-    max_new_tokens: int,
-    seed: int,
-    stop_ids: frozenset[int],
-) -> str:
-    ids = ids or [tokenizer.eos_id or 0]
-    ids = ids[-max(1, context.limit - max_new_tokens) :]
-    new = generate_tokens(
-        context,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=TEMPERATURE,
-        top_k=TOP_K,
-        eos_ids=stop_ids,
-        generator=torch.Generator(context.device).manual_seed(seed),
-    )
-    decoder = tokenizer.decoder()
-    # The last few settle whether a leading space is one.
-    for token_id in ids[-8:]:
-        decoder.put(token_id)
-    return "".join([decoder.put(token_id) for token_id in new] + [decoder.flush()])

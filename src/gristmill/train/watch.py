@@ -17,7 +17,7 @@ from gristmill.models.decoder import Decoder
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.evaluation import Evaluation
 from gristmill.train.profile import Profile, window
-from gristmill.train.samples import write_samples
+from gristmill.train.samples import write_sample
 from gristmill.util.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,28 +103,29 @@ class Watch:
 
     def _sample(self) -> None:
         run = self._run
-        job = run.job
-        model = run.model
-        assert isinstance(model, Decoder)
-        mixed = job.precision == "bf16-mixed"
-        run.beat(f"the samples of step {run.state.step:,}", patient=True)
-        texts = write_samples(
-            model,
+        for number, prompt in enumerate(self._prompts, 1):
+            run.beat(f"sample {number} of step {run.state.step:,}")
+            text = f"{prompt}|{self._continued(prompt)}"
+            name = "sample" if len(self._prompts) == 1 else f"sample/{number}"
+            run.console.note(f"step {run.state.step:,}  {text}")
+            if run.trackers is not None:  # of rank 0
+                run.trackers.text(name, text, run.state.step)
+
+    def _continued(self, prompt: str) -> str:
+        run, job = self._run, self._run.job
+        assert isinstance(run.model, Decoder)
+        return write_sample(
+            run.model,
             self._tokenizer,
-            self._prompts,
+            prompt,
             max_new_tokens=job.cfg.eval.sample_tokens or SAMPLE_TOKENS,
             seed=job.cfg.seed % 2**63,
             bos=self._adds_bos(),
-            autocast=torch.bfloat16 if mixed else None,
+            autocast=torch.bfloat16 if job.precision == "bf16-mixed" else None,
             encode=job.prompt_ids,
             stop_ids=job.stop_ids,
             ranks=run.ranks,
         )
-        for number, (prompt, text) in enumerate(zip(self._prompts, texts, strict=True)):
-            name = "sample" if len(texts) == 1 else f"sample/{number + 1}"
-            run.console.note(f"step {run.state.step:,}  {prompt}|{text}")
-            if run.trackers is not None:  # of rank 0
-                run.trackers.text(name, f"{prompt}|{text}", run.state.step)
 
 
 def _prompts(cfg: Training) -> list[str]:
