@@ -6,16 +6,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gristmill.config.sections import Auto, Precision
+from gristmill.config.use_commands import Loading
 
 
 @dataclass(kw_only=True)
-class Evaluate:
+class Evaluate(Loading):
     """Measure a model on tasks of lm-evaluation-harness (the extra `evaluate`)."""
 
-    checkpoint_dir: str | None = None
-    """Model directory of any kind; the first word after the command."""
-    tokenizer_dir: str | None = None
-    """Tokenizer to use, with its chat template; unset: the model's own."""
     tasks: list[str] | str | None = None
     """Tasks, groups or tags, as hellaswag,arc_easy; `*` stands for anything; a task's own .yaml
     file works too. `gristmill evaluate list` prints all."""
@@ -53,10 +50,6 @@ class Evaluate:
     bf16-true are faster where the processor has bf16 arithmetic."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Another way to say precision: float32 is 32-true, bfloat16 is bf16-true."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Weights in fewer bits, through torchao; int4 where the device has it."""
-    device: str = "auto"
-    """Kind of device: auto, cpu, cuda or mps; cuda:1 is the second one."""
     seed: int | None = None
     """Seed of the choice of examples and of what is drawn; unset: those of lm_eval."""
     confirm_run_unsafe_code: bool = False

@@ -5,9 +5,13 @@ find the tasks ─ open the model ─ (its Hugging Face copy) ─ measure ─ ta
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gristmill import __version__
 from gristmill.config.evaluate import Evaluate
@@ -49,9 +53,10 @@ def measure(cfg: Evaluate, *, show: bool = False) -> dict[str, Any]:
     if cfg.access_token is not None:
         os.environ["HF_TOKEN"] = cfg.access_token
     chosen = tasks.choose(_words(cfg.tasks), _words(cfg.include_path))
-    about = (__version__, _weights(source), precision, cfg.quantize, cfg.device)
+    device = choose_device(cfg.device).type
+    about = (__version__, _weights(source), precision, cfg.quantize, device)
     path = None if cfg.use_cache is None else Path(cfg.use_cache).expanduser()
-    with Kept(path or results.answers_path, about, forever=path is not None) as kept:
+    with Kept(path or results.answers_path, about, forever=path is not None) as kept, _threads():
         subject = Subject(
             source.path,
             device=cfg.device,
@@ -82,6 +87,16 @@ def measure(cfg: Evaluate, *, show: bool = False) -> dict[str, Any]:
     if show:
         print(f"{summary(whole)} ({results.path})")
     return {**whole, "samples": measured["samples"]} if cfg.log_samples else whole
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[None]:
+    """Leave torch as many threads as it had: a small model takes one."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _weights(source: ModelDir) -> object:

@@ -276,8 +276,9 @@ def _normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
     peaks, totals = [], []
     rows = len(logits) if logits.is_cuda else CACHED_LOGITS // logits.shape[1]
     for part in logits.split(max(1, rows)):
-        peak = part.amax(-1).float()
-        powers = part.float() - peak.unsqueeze(-1)
+        values = part.float()  # the largest of bf16 is slow to find on a CPU
+        peak = values.amax(-1)
+        powers = values - peak.unsqueeze(-1)
         peaks.append(peak)
         totals.append(peak + powers.exp_().sum(-1).log())
     return torch.cat(peaks), torch.cat(totals)

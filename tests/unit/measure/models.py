@@ -3,6 +3,7 @@
 import json
 
 import torch
+from tests.unit.models.test_decoding import tiny as model_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 
@@ -45,20 +46,7 @@ SHAPES = {
 
 def tiny(shape="grouped", context=64):
     """A model far enough from uniform that no two answers tie."""
-    config = ModelConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_heads=4,
-        intermediate_size=64,
-        max_seq_length=context,
-        **{"num_layers": 2, **SHAPES[shape]},
-    )
-    model = Decoder(config)
-    init_weights(model, seed=1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(4.0)
-    return model.eval()
+    return model_of(SHAPES[shape], context)
 
 
 def loaded(model, precision="32-true"):

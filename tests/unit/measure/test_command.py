@@ -163,6 +163,32 @@ def test_a_model_for_chats_is_asked_in_its_template(measure, model, other_model,
     assert "has no chat template" in err
 
 
+@pytest.mark.parametrize(("multiturn", "turns"), [("true", 4), ("false", 2)])
+def test_examples_are_turns_of_a_chat_or_part_of_the_question(
+    measure, own_tasks, other_model, tmp_path, multiturn, turns
+):
+    text = (own_tasks / "my_pairs.yaml").read_text().replace("my_pairs", "shots")
+    text = text.replace('doc_to_text: ""', 'doc_to_text: "which?"')
+    (tmp_path / "shots.yaml").write_text(text.replace("num_fewshot: 0", "fewshot_split: test"))
+    code, _, err = measure(
+        *("--include_path", tmp_path, "--apply_chat_template", "--system_instruction", "Hm."),
+        *("--fewshot_as_multiturn", multiturn, "--num_fewshot", 1, "--log_samples"),
+        *("--save_filepath", tmp_path / "r.json"),
+        path=other_model,
+        task="shots",
+    )
+    assert code == 0, err
+    sample = json.loads((tmp_path / "r.samples/shots.jsonl").read_text().splitlines()[0])
+    assert sample["arguments"][0][0].count("[") == turns
+
+
+def test_one_of_several_processes_is_refused(measure, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    code, _, err = measure()
+    assert code == 2
+    assert "4 processes were started, and an evaluation is one" in err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
