@@ -135,7 +135,7 @@ def _begin(plan: Plan, job: Job, space: Workspace) -> None:
     sample = sample_texts(plan.recipe, job.root, job.inputs)
     engine = choose_engine(job.tokenizer, job.engine, sample)
     if engine.note:
-        _note(f"encoding with {engine.name} {engine.version}: {engine.note}")
+        _note(f"encoding with {engine.name} {engine.version}; {engine.note}")
     if cut := sources.cut_short(plan.recipe.format, job.root, plan.inputs):
         _note(
             f"cut short, without a parquet footer: {len(cut):,} of "

@@ -65,7 +65,8 @@ def choose_engine(
     if reason and requested == FASTOKENS:
         raise UserError(f"the engine fastokens cannot be used: {reason}.")
     if reason:
-        return EngineChoice(definition.name, definition.version, "definition", reason)
+        note = f"the faster {FASTOKENS} is not used: {reason}"
+        return EngineChoice(definition.name, definition.version, "definition", note)
     return EngineChoice(FASTOKENS, _version(FASTOKENS) or "?", "passed")
 
 
