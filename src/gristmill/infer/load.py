@@ -29,7 +29,7 @@ from gristmill.models.device import (
     resolve_precision,
     weight_dtype,
 )
-from gristmill.models.kernels import use_kernels
+from gristmill.models.kernels import NOT_FOR_THESE, use_kernels
 from gristmill.models.zoo.chat import chat_template
 from gristmill.tokenizer import prompt_styles
 from gristmill.tokenizer.tokenizer import Tokenizer
@@ -48,6 +48,8 @@ class LoadedModel:
     quantize: str | None = None
     knows_template: bool = False
     """Whether its chat template is not in its files but among what is known of named models."""
+    decodes_with: str = "torch"
+    """Whose products a step is made of, and why not the kernels' where they could be."""
 
     @property
     def limit(self) -> int:
@@ -183,7 +185,8 @@ class LoadedModel:
         size = num_parameters(self.model.config)
         return (
             f"Model: {self.name} ({_short(size)} parameters, context {self.limit} tokens) "
-            f"on {describe(self.device, self.precision)}{rounded}"
+            f"on {describe(self.device, self.precision)}{rounded}, "
+            f"decoding with {self.decodes_with}"
         )
 
 
@@ -265,12 +268,17 @@ def load(
     if model.config.num_token_ids is None and tokenizer.num_token_ids < model.config.vocab_size:
         # Rows behind the last token were never trained and could win over trained ones.
         model.config = replace(model.config, num_token_ids=tokenizer.num_token_ids)
-    # Without it, because the processor has other units or there is no compiler, torch's are used.
-    use_kernels(model, note)
+    # Where the processor has other units or there is no compiler, torch's products are used.
+    missing = use_kernels(model, note)
+    decodes_with = "torch" if missing == NOT_FOR_THESE else f"torch ({missing})"
+    if missing is None:
+        decodes_with = "gristmill's kernels"
     if quantize is not None:
         round_weights(model, quantize, chosen)
     name = model_name(checkpoint_dir)
-    return LoadedModel(name, model, tokenizer, chosen, resolved, quantize, knows_template)
+    return LoadedModel(
+        name, model, tokenizer, chosen, resolved, quantize, knows_template, decodes_with
+    )
 
 
 def open_tokenizer(

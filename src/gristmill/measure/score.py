@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gristmill.infer.load import LoadedModel
 from gristmill.measure.rows import Group, Ids, Row, batches, plan
-from gristmill.models.forest import Beginning, Forest, can_share, forest_hidden
+from gristmill.models.device import autocast
+from gristmill.models.forest import Beginning, Forest, forest_hidden
 from gristmill.util.errors import RunError, UserError
 
 CPU_TOKENS, GPU_TOKENS = 2048, 32768
@@ -67,7 +68,7 @@ class Scorer:
         self.loaded, self.batch_size = loaded, batch_size
         self.work = Work()
         self._limit = GPU_TOKENS if loaded.device.type != "cpu" else CPU_TOKENS
-        self._autocast = loaded.precision == "bf16-mixed"
+        self._autocast = torch.bfloat16 if loaded.precision == "bf16-mixed" else None
 
     def answers(
         self, queries: Sequence[Query], done: Callable[[Found], None] | None = None
@@ -85,7 +86,7 @@ class Scorer:
             sheet.texts,
             sheet.num_free,
             batch_tokens=batch_tokens,
-            share=can_share(self.loaded.model.config),
+            share=not self.loaded.model.config.rotates_by_length,
         )
         for group in groups:
             batch_tokens = self._run_group(group, sheet, batch_tokens, done)
@@ -130,10 +131,10 @@ class Scorer:
         if not len(ids):
             return None
         model = self.loaded.model
-        dtype = torch.bfloat16 if self._autocast else model.embed.weight.dtype
+        dtype = self._autocast or model.embed.weight.dtype
         self.work.computed += len(ids)
         tokens = torch.from_numpy(ids).to(self.loaded.device).unsqueeze(0)
-        with self._precision():
+        with autocast(self.loaded.device, self._autocast):
             return Beginning(model, tokens, dtype)
 
     def _run(self, rows: Sequence[Row], beginning: Beginning | None, sheet: _Sheet) -> Found:
@@ -143,7 +144,7 @@ class Scorer:
         width = forest[0].shape[1]
         pairs = sheet.pairs(rows, width)
         nodes, place = np.unique(pairs.nodes, return_inverse=True)
-        with self._precision():
+        with autocast(self.loaded.device, self._autocast):
             device = self.loaded.device
             tensors = Forest(*(torch.from_numpy(part).to(device) for part in forest))
             hidden = forest_hidden(self.loaded.model, tensors, beginning).flatten(0, 1)
@@ -183,9 +184,6 @@ class Scorer:
             found[pairs] = (value - total[row]).cpu().double().numpy()
             likeliest[pairs] = best.cpu().numpy()
         return found, likeliest
-
-    def _precision(self) -> torch.autocast:
-        return torch.autocast(self.loaded.device.type, dtype=torch.bfloat16, enabled=self._autocast)
 
 
 class _Pairs(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gristmill.config.model import ModelConfig
 from gristmill.models.cache import LayerCache, LayerRows
-from gristmill.models.kernels import attend_rows, project
+from gristmill.models.kernels import attend_rows, can_keep, keep, project
 from gristmill.models.norm import build_norm
 from gristmill.models.prompt import Prompt
 from gristmill.models.rope import apply_rope
@@ -63,26 +63,22 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_size)) for part in (q, k, v))
         if not self.norm_all:
             q, k = self.q_norm(q), self.k_norm(k)
+        tables = None if cos is None or sin is None else (cos, sin)
         if isinstance(cache, LayerRows) and cache.direct:
             out = attend_rows(
                 q,
                 k,
                 v,
-                None if cos is None or sin is None else (cos, sin),
-                cache.tensors,
-                cache.positions,
+                tables,
+                (*cache.tensors, cache.rows, cache.positions),
                 window=self.window,
                 scale=self.scale or self.head_size**-0.5,
                 softcap=self.softcap,
             )
             return self.o(out.flatten(2))
-        if cos is not None and sin is not None:
-            q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.append(k, v)
-            if self.window is not None and mask is None and q.shape[2] == 1:
-                k, v = k[:, :, -self.window :], v[:, :, -self.window :]
+        q, k, v = _turned_and_kept(q, k, v, tables, cache)
+        if self.window is not None and cache is not None and mask is None and q.shape[2] == 1:
+            k, v = k[:, :, -self.window :], v[:, :, -self.window :]
         out = attend(q, k, v, mask, scale=self.scale, softcap=self.softcap)
         out = out.transpose(1, 2).flatten(2)
         return self.o(out) if self.prompt is None else self.prompt(self, q, out)
@@ -98,6 +94,23 @@ class Attention(nn.Module):
         if not self.norm_all:
             k = self.k_norm(k)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _turned_and_kept(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: tuple[Tensor, Tensor] | None,
+    cache: LayerCache | LayerRows | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, T, heads, D] as [B, heads, T, D], turned, and k and v with those of the cache."""
+    if isinstance(cache, LayerCache) and tables and can_keep(q, k, v, tables, cache.tensors):
+        end = cache.start + q.shape[1]
+        return keep(q, k, v, tables, cache.tensors, cache.start), *cache.first(end)
+    if tables is not None:
+        q, k = apply_rope(q, *tables), apply_rope(k, *tables)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return (q, k, v) if cache is None else (q, *cache.append(k, v))
 
 
 def attend(

@@ -6,7 +6,6 @@ put ─ reads a prompt into a row ─ step, step, … ─ drop
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gristmill.config.use_commands import Sampling
-from gristmill.models.cache import KVCache, RowsCache
+from gristmill.models.cache import KVCache, RowsCache, attends_directly
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import PREFILL_TOKENS, check_prompt, check_sampling
+from gristmill.models.device import autocast
 from gristmill.models.sampling import penalize, sample
 
 
@@ -74,7 +74,7 @@ class Batch:
             # Steps of other rows write over the first position of a row that holds nothing.
             parts.insert(0, tokens[:, :1])
         for number, part in enumerate(parts):
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), autocast(self.device, self.autocast):
                 logits = self.model(part, cache=cache, num_logits=1)[:, -1]
             if held and number == 0:
                 cache.length = held
@@ -97,7 +97,7 @@ class Batch:
             else:
                 out.append(self._put_beside(rows[start], prompts[start:stop]))
             start = stop
-        return torch.cat(out)
+        return _together(out)
 
     def _fits_beside(
         self, rows: Sequence[int], prompts: Sequence[Sequence[int]], start: int, last: int
@@ -119,7 +119,7 @@ class Batch:
         filled = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
         tokens = torch.tensor(filled, device=self.device)
         cache = self._cache.part(first, first + len(prompts))
-        with self._precision():
+        with autocast(self.device, self.autocast):
             hidden = self.model.hidden(tokens, cache=cache)
             last = torch.tensor(lengths, device=self.device) - 1
             logits = self.model.logits(hidden[torch.arange(len(prompts)), last])
@@ -131,31 +131,22 @@ class Batch:
         """Logits [len(rows), token_ids] after one more token for each of these rows."""
         assert len(rows) == len(tokens) == len(set(rows)) > 0, "a token for each of some rows"
         assert all(0 < self.lengths[row] < self.limit for row in rows), "rows that have room"
-        count = max(rows) + 1
-        given = [0] * count
-        for row, token in zip(rows, tokens, strict=True):
-            given[row] = token
-        positions = self.lengths[:count]
-        cache = RowsCache(
-            self.model.own_config,
-            self._cache,
-            torch.tensor(positions, device=self.device),
-            max(positions) + 1,
-        )
-        with self._precision():
-            logits = self.model(torch.tensor(given, device=self.device).unsqueeze(1), cache=cache)
+        given = dict(zip(rows, tokens, strict=True))
+        config, computed = self.model.own_config, list(rows)
+        if not attends_directly(config, self._cache):
+            # Those between compute with the others, so that all are one view of the cache.
+            computed = list(range(min(rows), max(rows) + 1))
+        cache = RowsCache(config, self._cache, computed, [self.lengths[row] for row in computed])
+        ids = torch.tensor([[given.get(row, 0)] for row in computed], device=self.device)
+        with autocast(self.device, self.autocast):
+            logits = self.model(ids, cache=cache)[:, -1]
         for row in rows:
             self.lengths[row] += 1
-        return logits[list(rows), -1]
+        return logits if computed == list(rows) else logits[[row - computed[0] for row in rows]]
 
     def drop(self, row: int) -> None:
         """Forget what the row holds."""
         self.lengths[row] = 0
-
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
 
 
 @dataclass
@@ -216,17 +207,17 @@ def _run(
                 left = min(room, sampling.max_new_tokens)
                 new[row] = ids
                 running[row] = _Running(number, list(ids), left, ends, generator)
-            logits: dict[int, Tensor] = {}
+            logits = []
             if new:
-                first = batch.put_all(list(new), list(new.values()))
-                logits = dict(zip(new, first.split(1), strict=True))
-            rows = [row for row in running if row not in logits]
+                logits.append(batch.put_all(list(new), list(new.values())))
+            rows = sorted(running.keys() - new.keys())
             if rows:
-                stepped = batch.step(rows, [running[row].ids[-1] for row in rows])
-                logits.update(zip(rows, stepped.split(1), strict=True))
+                logits.append(batch.step(rows, [running[row].ids[-1] for row in rows]))
             if not logits:
                 return
-            for row, token in _choose(logits, running, sampling):
+            rows = [*new, *rows]
+            chosen = _choose(_together(logits), [running[row] for row in rows], sampling)
+            for row, token in zip(rows, chosen, strict=True):
                 state = running[row]
                 ended = "eos" if token in eos_ids else None
                 if ended is None:
@@ -246,24 +237,22 @@ def _run(
             batch.drop(row)
 
 
-def _choose(
-    logits: dict[int, Tensor], running: dict[int, _Running], sampling: Sampling
-) -> list[tuple[int, int]]:
-    """The next id of each row that has logits [1, V]."""
-    rows = list(logits)
-    together = torch.cat(list(logits.values()))
+def _choose(logits: Tensor, running: Sequence[_Running], sampling: Sampling) -> list[int]:
+    """The next id of each of these prompts, whose logits are [prompts, V]."""
     if sampling.repetition_penalty != 1.0:
-        seen = [running[row].ids for row in rows]
-        together = penalize(together, seen, sampling.repetition_penalty)
-    chosen = sample(
-        together,
+        logits = penalize(logits, [one.ids for one in running], sampling.repetition_penalty)
+    return sample(
+        logits,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,
         min_p=sampling.min_p,
-        generator=[running[row].generator for row in rows],
-    )
-    return list(zip(rows, chosen.tolist(), strict=True))
+        generator=[one.generator for one in running],
+    ).tolist()
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _seeded(batch: Batch, seed: int) -> torch.Generator:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -73,19 +73,30 @@ class LayerCache:
         end = self.start + new[0].shape[2]
         for tensor, part in zip(self.tensors, new, strict=True):
             tensor[:, :, self.start : end] = part
-        return tuple(tensor[:, :, :end] for tensor in self.tensors)
+        return self.first(end)
+
+    def first(self, count: int) -> tuple[Tensor, ...]:
+        """So many positions, as views."""
+        return tuple(tensor[:, :, :count] for tensor in self.tensors)
 
 
 class RowsCache:
-    """One more token for each of the first n sequences of a cache, which have lengths of their own.
+    """One more token for each of some sequences of a cache, which have lengths of their own.
 
-    `positions` are those of the new tokens, int64 [n]; `end` is one more than the largest. What a
-    sequence holds at its position and behind it means nothing: it is written over.
+    `rows` are the sequences, and `positions` those of their new tokens. What a sequence holds at
+    its position and behind it means nothing: it is written over. Without the kernel (`direct`) the
+    rows follow one another.
     """
 
-    def __init__(self, config: ModelConfig, cache: KVCache, positions: Tensor, end: int) -> None:
-        self.cache, self.positions, self.end = cache, positions, end
-        self.direct = not torch.is_grad_enabled() and can_attend(config, cache.tensors)
+    def __init__(
+        self, config: ModelConfig, cache: KVCache, rows: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        device = cache.tensors[0].device
+        self.cache, self.end = cache, max(positions) + 1
+        self.direct = attends_directly(config, cache)
+        self.positions = torch.tensor(positions, device=device)
+        self.rows = torch.tensor(rows, device=device)
+        self._span = slice(rows[0], rows[0] + len(rows))
 
     def masks(self, windows: Collection[int | None]) -> dict[int | None, Tensor | None]:
         """Who looks at what in blocks with each kind of window, bool [n, 1, 1, end] (None: all)."""
@@ -102,26 +113,31 @@ class RowsCache:
 
     def layer(self, index: int) -> LayerRows:
         """What block `index` reads and writes."""
-        return LayerRows(
-            tuple(tensor[index, : len(self.positions)] for tensor in self.cache.tensors),
-            self.positions,
-            self.end,
-            self.direct,
-        )
+        tensors = tuple(tensor[index] for tensor in self.cache.tensors)
+        if not self.direct:
+            tensors = tuple(tensor[self._span] for tensor in tensors)
+        return LayerRows(tensors, self.rows, self.positions, self.end, self.direct)
+
+
+def attends_directly(config: ModelConfig, cache: KVCache) -> bool:
+    """Whether there is a kernel for steps with this cache, which takes any rows in any order."""
+    return not torch.is_grad_enabled() and can_attend(config, cache.tensors)
 
 
 class LayerRows:
-    """One block's tensors [n, heads, max_length, width] and where the new tokens' rows go.
+    """One block's tensors and where the new tokens' rows go.
 
-    `direct`: there is a kernel that turns, writes and attends in one.
+    `direct`: there is a kernel that turns, writes and attends in one. The tensors are then those of
+    all sequences, [B, heads, max_length, width], else those of the n computed.
     """
 
-    __slots__ = ("direct", "end", "positions", "tensors")
+    __slots__ = ("direct", "end", "positions", "rows", "tensors")
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], positions: Tensor, end: int, direct: bool
+        self, tensors: tuple[Tensor, ...], rows: Tensor, positions: Tensor, end: int, direct: bool
     ) -> None:
-        self.tensors, self.positions, self.end, self.direct = tensors, positions, end, direct
+        self.tensors, self.rows, self.positions = tensors, rows, positions
+        self.end, self.direct = end, direct
 
     @property
     def start(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gristmill.models.cache import KVCache, RowsCache
 from gristmill.models.decoder import Decoder
+from gristmill.models.device import autocast
 from gristmill.models.sampling import penalize, sample
 from gristmill.util.errors import UserError
 
@@ -114,17 +115,14 @@ class Context:
         assert self._cache is not None
         # Stated anew each time, because an interrupt can fall between the model and `ids`.
         self._cache.length = len(self.ids)
-        with self._precision():
+        with autocast(self.device, self.autocast):
             return read_pieces(self.model, self._cache, tokens)
 
     @torch.inference_mode()
     def _step(self, token: Tensor) -> Tensor:
         assert self._cache is not None
-        held = len(self.ids)
-        rows = RowsCache(
-            self.model.own_config, self._cache, torch.tensor([held], device=self.device), held + 1
-        )
-        with self._precision():
+        rows = RowsCache(self.model.own_config, self._cache, [0], [len(self.ids)])
+        with autocast(self.device, self.autocast):
             return self.model(token.view(1, 1), cache=rows)[:, -1]
 
     def _eager(self) -> contextlib.AbstractContextManager[object]:
@@ -132,11 +130,6 @@ class Context:
         if not self.compiled:
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
-
-    def _precision(self) -> contextlib.AbstractContextManager[object]:
-        if self.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.autocast)
 
 
 class Continuation(Iterator[int]):

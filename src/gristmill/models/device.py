@@ -118,6 +118,15 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
+def autocast(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager[object]:
+    """Inside, matrix products are computed in `dtype`; None: in that of their weights."""
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
+
+
 def describe(device: torch.device, precision: str) -> str:
     """One line for people: device, arithmetic and the backend that computes it."""
     return f"{_device_name(device)}, {precision}, {_backend(device, precision)}"

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gristmill.config.model import ModelConfig
 from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
 
@@ -76,11 +75,6 @@ def forest_hidden(model: Decoder, forest: Forest, beginning: Beginning | None = 
         masks,
         None if beginning is None else beginning.layers,
     )[0]
-
-
-def can_share(config: ModelConfig) -> bool:
-    """Whether a token's values are the same in every text that begins like its own."""
-    return not config.rotates_by_length
 
 
 def _visible(forest: Forest, start: int, window: int | None) -> Tensor:

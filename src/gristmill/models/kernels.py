@@ -2,7 +2,7 @@
 
 A step multiplies one row for each sequence with every matrix of the model. torch's product reads
 bf16 at half of the memory's bandwidth then, and its operations take longer to call than to do. The
-kernels in `kernels.cpp` are built when they are first asked for (some seconds), kept in the user's
+kernels in `native/` are built when they are first asked for (some seconds), kept in the user's
 cache directory, and used for bf16 on processors with AMX; everywhere else torch's are.
 """
 
@@ -29,6 +29,7 @@ from gristmill.util.paths import user_cache_dir
 
 MOST_ROWS = 16
 """More rows than this are a matrix product, which torch is better at."""
+NOT_FOR_THESE = "they are for bf16 on a CPU"
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared")
 FLAGS += ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma")
 FLAGS += ("-mamx-tile", "-mamx-bf16")
@@ -42,12 +43,12 @@ class FewRowsLinear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
-class FewRowsNorm(nn.RMSNorm):
-    """An `nn.RMSNorm` in bf16 whose few rows go through the kernel; for inference."""
+class OnePassNorm(nn.RMSNorm):
+    """An `nn.RMSNorm` in bf16 that reads its rows once, by the kernel; for inference."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised x [..., size], same shape and dtype."""
-        if not _is_small(x) or x.shape[-1] % 16 or self.weight is None:
+        if not _is_for_kernels(x) or x.shape[-1] % 16 or self.weight is None:
             return super().forward(x)
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         rows = _rows(x)
@@ -85,14 +86,14 @@ def use_kernels(model: nn.Module, tell: Callable[[str], None] | None = None) -> 
     weights = {p.dtype for p in model.parameters()}
     devices = {p.device.type for p in model.parameters()}
     if devices != {"cpu"} or torch.bfloat16 not in weights:
-        return "they are for bf16 on a CPU"
+        return NOT_FOR_THESE
     if reason := build(tell):
         return reason
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16:
             module.__class__ = FewRowsLinear
         elif type(module) is nn.RMSNorm and module.weight.dtype == torch.bfloat16:
-            module.__class__ = FewRowsNorm
+            module.__class__ = OnePassNorm
     model.linear = linear
     return None
 
@@ -121,7 +122,6 @@ def block(
     layers: Sequence[nn.Module],
     tables: tuple[Tensor, Tensor] | None,
     cache: Sequence[Tensor],
-    positions: Tensor,
     *,
     window: int | None,
     scale: float,
@@ -134,7 +134,7 @@ def block(
     """
     first, second = norms
     known = all(type(layer) in (FewRowsLinear, Int8Linear) for layer in layers)
-    if not known or type(first) is not FewRowsNorm or not _is_small(x):
+    if not known or type(first) is not OnePassNorm or not _is_small(x):
         return None
     eps = torch.finfo(x.dtype).eps if first.eps is None else first.eps
     y = torch.ops.gristmill.block(
@@ -144,7 +144,6 @@ def block(
         eps,
         *((None, None) if tables is None else tables),
         *cache,
-        positions,
         window or 0,
         scale,
         softcap or 0.0,
@@ -168,7 +167,10 @@ def gated(x: Tensor, gate: nn.Module, up: nn.Module) -> Tensor:
         rows = _rows(x)
         y = torch.ops.gristmill.few_rows_gated(rows, *_operands((gate, up)))
         return y.view(*x.shape[:-1], -1)
-    return F.silu(gate(x)) * up(x)
+    a, b = gate(x), up(x)
+    if _is_for_kernels(a, b) and a.shape[-1] % 32 == 0:
+        return torch.ops.gristmill.silu_times(a.contiguous(), b.contiguous())
+    return F.silu(a) * b
 
 
 def _all_fit(x: Tensor, layers: Sequence[nn.Module]) -> bool:
@@ -203,7 +205,6 @@ def attend_rows(
     v: Tensor,
     tables: tuple[Tensor, Tensor] | None,
     cache: Sequence[Tensor],
-    positions: Tensor,
     *,
     window: int | None,
     scale: float,
@@ -212,13 +213,14 @@ def attend_rows(
     """What the new token of each row gathers from itself and those before it, [n, 1, heads, D].
 
     q [n, 1, heads, D], k and v [n, 1, kv_heads, D] as they come from the projections; `tables` are
-    cosine and sine [n, 1, 1, turned / 2] or None. Keys, turned, and values are written to `cache`
-    [n, kv_heads, room, D] at `positions` [n]; `window` and `softcap` as in `Attention`.
+    cosine and sine [n, 1, 1, turned / 2] or None. `cache` is keys and values [B, kv_heads, room, D]
+    of all sequences, and int64 [n] which of them the rows are and where their new keys, turned, and
+    values are written; `window` and `softcap` as in `Attention`.
     """
     q, k, v = (part.to(torch.bfloat16).flatten(0, 1).contiguous() for part in (q, k, v))
     cos, sin = (None, None) if tables is None else (t.contiguous() for t in tables)
     out = torch.ops.gristmill.attend_rows(
-        q, k, v, cos, sin, *cache, positions, window or 0, scale, softcap or 0.0
+        q, k, v, cos, sin, *cache, window or 0, scale, softcap or 0.0
     )
     return out.unsqueeze(1)
 
@@ -230,18 +232,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def can_keep(
+    q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], cache: Sequence[Tensor]
+) -> bool:
+    """Whether `keep` is for these."""
+    # Angles that all rows share. What is compiled would copy the whole cache around the kernel.
+    return (
+        tables[0].dim() == 3
+        and not torch.compiler.is_compiling()
+        and _is_for_kernels(q, k, v, *cache)
+    )
+
+
+def keep(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: tuple[Tensor, Tensor],
+    cache: Sequence[Tensor],
+    start: int,
+) -> Tensor:
+    """q [B, T, heads, D] turned, as [B, heads, T, D]; the rest goes to where it is kept.
+
+    k, turned, and v [B, T, kv_heads, D] are written to `cache`, keys and values
+    [B, kv_heads, room, D], from position `start` on; `tables` are cosine and sine
+    [T, 1, turned / 2].
+    """
+    parts = (part.contiguous() for part in (q, k, v, *tables))
+    return torch.ops.gristmill.keep(*parts, *cache, start)
+
+
 def _rows(x: Tensor) -> Tensor:
     """x [..., size] as [rows, size] without gaps: a reshaped part of something wider has them."""
     return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _is_small(x: Tensor) -> bool:
+    return 0 < math.prod(x.shape[:-1]) <= MOST_ROWS and _is_for_kernels(x)
+
+
+def _is_for_kernels(*parts: Tensor) -> bool:
     return (
-        0 < math.prod(x.shape[:-1]) <= MOST_ROWS
-        and x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
+        is_built()
         and not torch.is_grad_enabled()
-        and is_built()
+        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in parts)
     )
 
 
@@ -277,18 +311,26 @@ def build(tell: Callable[[str], None] | None = None) -> str | None:
             torch.library.register_fake("gristmill::few_rows", _fake)
             torch.library.register_fake("gristmill::few_rows_3", _fake_3)
             torch.library.register_fake("gristmill::few_rows_gated", _fake)
-            torch.library.register_fake("gristmill::rms_norm", lambda x, *_: torch.empty_like(x))
-            torch.library.register_fake("gristmill::block", lambda x, *_: torch.empty_like(x))
-            torch.library.register_fake("gristmill::attend_rows", lambda q, *_: torch.empty_like(q))
+            for name in ("rms_norm", "silu_times", "block", "attend_rows"):
+                torch.library.register_fake(f"gristmill::{name}", _fake_like)
             _state["reason"] = None
         except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
-            detail = getattr(error, "stderr", None) or str(error)
-            _state["reason"] = (detail.strip().splitlines() or [type(error).__name__])[0]
+            _state["reason"] = _reason(error)
     return _state["reason"]
+
+
+def _reason(error: Exception) -> str:
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+    said = [line for line in lines if "error" in line] + lines + [type(error).__name__]
+    return said[0].strip()
 
 
 def _fake(x: Tensor, w: Tensor, *_: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[0])
+
+
+def _fake_like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _fake_3(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
@@ -302,15 +344,35 @@ def _library(tell: Callable[[str], None] | None) -> Path:
     if platform.system() != "Linux" or not has.get("amx_bf16") or not torch.cpu._init_amx():
         raise RuntimeError("the processor has no AMX")
     compiler = _compiler()
-    source = Path(__file__).with_suffix(".cpp")
-    parts = (source.read_bytes(), torch.__version__.encode(), " ".join(FLAGS).encode())
+    folder = Path(__file__).parent / "native"
+    sources = [path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()]
+    parts = (*sources, torch.__version__.encode(), " ".join(FLAGS).encode())
     name = f"kernels-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     built = _folder() / name
     if not _is_own(built):
-        if tell is not None:
-            tell("Building the kernels for this processor, once: some seconds.")
-        _compile(compiler, source, built)
+        _build_once(compiler, folder / "kernels.cpp", built, tell or (lambda line: None))
     return built
+
+
+def _build_once(compiler: str, source: Path, built: Path, tell: Callable[[str], None]) -> None:
+    """Build the library, unless this very compiler has been found unable to."""
+    failed = built.with_suffix(".failed")
+    found = os.stat(compiler)
+    key = f"{os.path.realpath(compiler)} {found.st_mtime_ns} {found.st_size}"
+    if _is_own(failed):
+        before, _, reason = failed.read_text(encoding="utf-8").partition("\n")
+        if before == key:
+            raise RuntimeError(reason)
+    tell("Building the kernels for this processor, once: some seconds.")
+    try:
+        _compile(compiler, source, built)
+    except subprocess.CalledProcessError as error:
+        reason = f"{compiler} could not build them: {_reason(error)}"
+        failed.touch(mode=0o600)
+        failed.write_text(f"{key}\n{reason}", encoding="utf-8")
+        tell(f"Going on without: {reason}. Another compiler is tried, this one if you rm {failed}")
+        raise RuntimeError(reason) from None
+    failed.unlink(missing_ok=True)
 
 
 def _folder() -> Path:

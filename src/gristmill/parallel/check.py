@@ -51,12 +51,10 @@ def _check_tensor(config: ModelConfig, size: int) -> None:
 
 
 def _check_context(config: ModelConfig, size: int, seq_len: int | None) -> None:
-    scaling = config.rope_scaling
     words = {
         "a load-balancing loss, which needs whole rows": config.moe is not None
         and config.moe.balance_loss > 0,
-        "rotary angles that depend on the length of the text": scaling is not None
-        and scaling.kind in ("dynamic", "longrope"),
+        "rotary angles that depend on the length of the text": config.rotates_by_length,
     }
     for what, has in words.items():
         if has:

@@ -58,6 +58,17 @@ def test_rows_come_and_go_and_wait():
         step([3, 2, 1], [token, token + 20, token + 40])
 
 
+def test_rows_below_those_in_use_are_not_computed():
+    model = tiny()
+    batch, counts = Batch(model, 6, 40), []
+    for row in (0, 3, 5):
+        batch.put(row, PROMPTS[0])
+    model.layers[0].register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    logits = batch.step([5, 3], [11, 11])
+    assert counts == [3]
+    torch.testing.assert_close(*logits)
+
+
 def test_each_prompt_has_choices_of_its_own():
     model = tiny(scale=1.0)
     sampling = Sampling(max_new_tokens=12, top_k=20, min_p=0.01, seed=5)

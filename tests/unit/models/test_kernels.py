@@ -37,7 +37,7 @@ def test_products_are_those_of_torch(kernel, rows, out, inner):
     bias = torch.randn(out).bfloat16()
     close(kernels.linear(x, weight), x.float() @ weight.float().T)
     close(kernels.linear(x[:, None], weight, bias)[:, 0], F.linear(*map(_f, (x, weight, bias))))
-    whole, scale = torch.randint(-127, 128, (out, inner), dtype=torch.int8), torch.rand(out)
+    whole, scale = torch.randint(-128, 128, (out, inner), dtype=torch.int8), torch.rand(out)
     layer = kernels.Int8Linear(whole, scale.bfloat16(), bias)
     close(layer(x), x.float() @ (whole.T * scale.bfloat16().float()) + bias.float())
 
@@ -117,7 +117,7 @@ def cached(monkeypatch, tmp_path):
         Path(command[command.index("-o") + 1]).write_bytes(b"built here")
 
     monkeypatch.setattr(kernels, "user_cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(kernels, "_compiler", lambda: "g++")
+    monkeypatch.setattr(kernels, "_compiler", lambda: sys.executable)
     monkeypatch.setattr(kernels.subprocess, "run", compile_)
     monkeypatch.setattr(kernels.platform, "system", lambda: "Linux")
     monkeypatch.setattr(kernels.torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
@@ -134,6 +134,30 @@ def test_a_library_is_built_once_whatever_the_umask(cached):
         os.umask(old)
     assert built == kernels._library(told.append)
     assert len(told) == 1
+    assert list(cached.iterdir()) == [built]
+
+
+def test_a_compiler_that_fails_is_not_asked_again(cached, monkeypatch, tmp_path):
+    compiler, asked, told = tmp_path / "g++", [], []
+    compiler.write_text("old")
+    works = kernels.subprocess.run
+
+    def fail(command, **_):
+        asked.append(command)
+        stderr = "In file included from x\nx:1: error: no such header\n"
+        raise subprocess.CalledProcessError(1, command, stderr=stderr)
+
+    monkeypatch.setattr(kernels, "_compiler", lambda: str(compiler))
+    monkeypatch.setattr(kernels.subprocess, "run", fail)
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="could not build them: x:1: error: no such header"):
+            kernels._library(told.append)
+    assert len(asked) == 1
+    assert len(told) == 2
+    assert "Going on without" in told[1]
+    compiler.write_text("a newer one")
+    monkeypatch.setattr(kernels.subprocess, "run", works)
+    built = kernels._library(told.append)
     assert list(cached.iterdir()) == [built]
 
 
@@ -180,7 +204,7 @@ def test_parts_of_something_wider(kernel):
     part, weight = wide[..., 16:80], torch.randn(50, 64).bfloat16()
     assert torch.equal(kernels.linear(part, weight), kernels.linear(part.clone(), weight))
     norm = torch.nn.RMSNorm(64).bfloat16()
-    norm.__class__ = kernels.FewRowsNorm
+    norm.__class__ = kernels.OnePassNorm
     close(norm(part), F.rms_norm(part.float(), (64,)))
 
 
@@ -188,7 +212,7 @@ def test_parts_of_something_wider(kernel):
 def test_no_rows_are_no_products(kernel):
     empty = torch.empty(0, 64, dtype=torch.bfloat16)
     layer, norm = torch.nn.Linear(64, 50).bfloat16(), torch.nn.RMSNorm(64).bfloat16()
-    layer.__class__, norm.__class__ = kernels.FewRowsLinear, kernels.FewRowsNorm
+    layer.__class__, norm.__class__ = kernels.FewRowsLinear, kernels.OnePassNorm
     whole = torch.ones(50, 64, dtype=torch.int8)
     int8 = kernels.Int8Linear(whole, torch.ones(50).bfloat16(), None)
     assert norm(empty).shape == (0, 64)
@@ -200,6 +224,7 @@ def test_no_rows_are_no_products(kernel):
 ATTENTION = {
     "grouped": {"num_kv_heads": 2},
     "one group": {"num_kv_heads": 1, "head_dim": 64},
+    "many heads": {"num_heads": 40, "num_kv_heads": 2, "head_dim": 96},
     "part": {"rope_fraction": 0.25, "qk_norm": "head"},
     "window": {"sliding_window": 5, "num_kv_heads": 2},
     "capped": {"attention_softcap": 2.0, "num_kv_heads": 2},
@@ -207,23 +232,61 @@ ATTENTION = {
 }
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-@torch.inference_mode()
-def test_rows_attend_as_in_the_full_forward(kernel, name):
+def fast_and_exact(name):
+    """A model in bf16 with the kernels, and the same in fp32."""
+    options = {"num_heads": 4, **ATTENTION[name]}
     config = ModelConfig(
         vocab_size=64,
         num_layers=2,
-        num_heads=4,
         hidden_size=128,
         intermediate_size=96,
         max_seq_length=64,
-        **ATTENTION[name],
+        **options,
     )
-    model = Decoder(config)
-    init_weights(model, seed=1)
-    fast = copy.deepcopy(model).bfloat16().eval()
+    fast = Decoder(config)
+    init_weights(fast, seed=1)
+    fast = fast.bfloat16().eval()
     exact = copy.deepcopy(fast).float()
     assert kernels.use_kernels(fast) is None
+    return fast, exact
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@torch.inference_mode()
+def test_prompts_are_read_as_in_the_full_forward(kernel, name):
+    fast, exact = fast_and_exact(name)
+    batch, context = Batch(fast, 4, 60), Context(fast)
+    texts = [[(7 * i + row) % 64 for i in range(30 - row)] for row in range(3)]
+    held = batch.put_all([1, 2, 3], texts)
+    for got, ids in zip(held, texts, strict=True):
+        expected = exact(torch.tensor([ids]))[:, -1]
+        torch.testing.assert_close(got[None].float(), expected, atol=0.02, rtol=0.1)
+        # In two parts, of which the second continues the first.
+        context.read(ids[:20])
+        torch.testing.assert_close(context.read(ids).float(), expected, atol=0.02, rtol=0.1)
+
+
+@torch.inference_mode()
+def test_a_step_computes_the_rows_it_is_for(kernel):
+    fast, _ = fast_and_exact("grouped")
+    counts = []
+    fast.layers[0].register_forward_pre_hook(lambda _, args: counts.append(len(args[0])))
+    batch = Batch(fast, 30, 60)
+    for row in (2, 20, 29):
+        batch.put(row, [*PROMPT])
+    counts.clear()
+    apart = [batch._cache.tensors[0][:, row].clone() for row in (3, 20)]
+    first, second = batch.step([29, 2], [5, 5])
+    assert counts == [2]
+    torch.testing.assert_close(first, second)
+    for row, before in zip((3, 20), apart, strict=True):
+        assert torch.equal(batch._cache.tensors[0][:, row], before)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@torch.inference_mode()
+def test_rows_attend_as_in_the_full_forward(kernel, name):
+    fast, exact = fast_and_exact(name)
     if name in ("grouped", "one group", "window", "capped"):
         assert all(block.is_plain for block in fast.layers)
     batch = Batch(fast, 3, 60)
