@@ -6,11 +6,9 @@ litdata lives in an environment of its own: GRISTMILL_LITDATA_PYTHON names its i
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import peers
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -53,27 +51,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="session")
 def litdata():
     """Runs a script where litdata is; the last line it prints."""
-    python = os.environ.get("GRISTMILL_LITDATA_PYTHON", sys.executable)
-    environment = {**os.environ, "PYTHONPATH": ""}
-
-    def run(folder: Path, script: str, *arguments: object) -> str:
-        path = folder / "script.py"
-        path.write_text(script)
-        done = subprocess.run(
-            [python, str(path), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=folder,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return (done.stdout.splitlines() or [""])[-1]
-
-    check = [python, "-c", "import litdata"]
-    if subprocess.run(check, capture_output=True, env=environment).returncode != 0:
-        pytest.skip("litdata is not installed (set GRISTMILL_LITDATA_PYTHON)")
-    return run
+    return peers.peer("GRISTMILL_LITDATA_PYTHON", "import litdata")
 
 
 def save_tokenizer(path: Path, first_id: int) -> None:

@@ -6,12 +6,11 @@ LitGPT 0.5.13 lives in an environment of its own: GRISTMILL_LITGPT_PYTHON names 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 
@@ -183,26 +182,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def peer():
     """Runs a script where LitGPT is."""
-    python = os.environ.get("GRISTMILL_LITGPT_PYTHON")
-    environment = {**os.environ, "PYTHONPATH": ""}
-
-    def run(folder: Path, script: str, *arguments: object) -> None:
-        path = folder / "script.py"
-        path.write_text(script)
-        done = subprocess.run(
-            [python, str(path), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env=environment,
-            cwd=folder,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    check = [python or "", "-c", "import litgpt"]
-    if not python or subprocess.run(check, capture_output=True, env=environment).returncode != 0:
-        pytest.skip("LitGPT is not there (set GRISTMILL_LITGPT_PYTHON)")
-    return run
+    return peers.peer("GRISTMILL_LITGPT_PYTHON", "import litgpt")
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,10 @@ LitGPT lives in an environment of its own: GRISTMILL_LITGPT_PYTHON names its int
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import fields, replace
 
+import peers
 import pytest
 
 from gristmill.config.model import ModelConfig
@@ -47,15 +45,11 @@ EXCEPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def listed() -> dict[str, dict]:
+def listed(tmp_path_factory) -> dict[str, dict]:
     """LitGPT's name -> its configuration."""
-    python = os.environ.get("GRISTMILL_LITGPT_PYTHON", sys.executable)
-    environment = {**os.environ, "PYTHONPATH": ""}
-    done = subprocess.run([python, "-c", LIST], capture_output=True, text=True, env=environment)
-    if done.returncode != 0:
-        assert "GRISTMILL_LITGPT_PYTHON" not in os.environ, done.stderr
-        pytest.skip("LitGPT is not installed (set GRISTMILL_LITGPT_PYTHON)")
-    return {config["name"]: config for config in json.loads(done.stdout.splitlines()[-1])}
+    run = peers.peer("GRISTMILL_LITGPT_PYTHON", "import litgpt")
+    configs = json.loads(run(tmp_path_factory.mktemp("peer"), LIST))
+    return {config["name"]: config for config in configs}
 
 
 def structure(config: ModelConfig) -> dict[str, object]:

@@ -7,10 +7,9 @@ interpreter.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
+import peers
 import pytest
 import torch
 from families import CASES, TINY
@@ -36,7 +35,6 @@ import json, sys
 from pathlib import Path
 import transformers
 from safetensors.torch import load_file
-assert transformers.__version__.startswith("4."), transformers.__version__
 transformers.logging.set_verbosity_error()
 far = {}
 for directory in sorted(Path(sys.argv[1]).iterdir()):
@@ -55,9 +53,10 @@ print(json.dumps(far))
 @pytest.fixture(scope="module")
 def differences(tmp_path_factory) -> dict[str, float]:
     """Case -> largest difference of logits between transformers 4 and 5."""
-    python = os.environ.get("GRISTMILL_TRANSFORMERS4_PYTHON")
-    if python is None:
-        pytest.skip("transformers 4 is not installed (set GRISTMILL_TRANSFORMERS4_PYTHON)")
+    run = peers.peer(
+        "GRISTMILL_TRANSFORMERS4_PYTHON",
+        "import transformers; assert transformers.__version__[:2] == '4.'",
+    )
     root: Path = tmp_path_factory.mktemp("models")
     tokens = torch.randint(0, 90, (2, 40), generator=torch.Generator().manual_seed(1))
     for name, (kind, options) in CASES.items():
@@ -74,9 +73,7 @@ def differences(tmp_path_factory) -> dict[str, float]:
         logits = theirs(tokens).logits.detach()
         expected = {"tokens": tokens, "logits": logits}
         save_file(expected, root / name / "expected" / "logits.safetensors")
-    done = subprocess.run([python, "-c", READ, str(root)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run(tmp_path_factory.mktemp("peer"), READ, root))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in EXCEPTIONS])

@@ -33,6 +33,7 @@ from gristmill.models.moe import Load, MixtureOfExperts, count_visits
 from gristmill.models.norm import build_norm
 from gristmill.models.prompt import Prompt
 from gristmill.models.rope import rope_tables
+from gristmill.util.errors import UserError
 
 
 class Block(nn.Module):
@@ -302,6 +303,7 @@ class Decoder(nn.Module):
         if documents is not None:
             positions, context = positions_within(documents), lengths_within(documents)
         elif positions is None:
+            self._check_fits(start + length)
             positions = torch.arange(start, start + length, device=tokens.device)
         masks, tables = (
             self._masks(start, length, tokens.device, documents),
@@ -335,6 +337,8 @@ class Decoder(nn.Module):
         context: int | Tensor = length
         if documents is not None:
             positions, context = positions_within(documents), lengths_within(documents)[:, own]
+        elif positions is None:
+            self._check_fits(length)
         positions = own if positions is None else positions[..., own]
         masks = {
             window: mask_between(own, keys, window=window, documents=documents)
@@ -361,6 +365,15 @@ class Decoder(nn.Module):
             if load is not None:
                 loads.append(load)
         return self.norm(x), loads
+
+    def _check_fits(self, length: int) -> None:
+        """UserError where positions are learned, and fewer than `length`."""
+        limit = self.config.max_seq_length
+        if self.config.positions == "learned" and length > limit:
+            raise UserError(
+                f"{self.config.name} has learned positions for {limit:,} tokens, and {length:,} "
+                f"were given. Give at most {limit:,} at once, or use a model with a longer context."
+            )
 
     def _embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """The residual stream before the first block, [B, T, d]."""

@@ -19,66 +19,55 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenBatch:
-    """Token ids int64 [rows, seq_len + 1] on the device; rows that are padding count nothing."""
+    """Inputs and targets int64 [rows, seq_len] on the device; a target of -100 counts nothing."""
 
-    tokens: Tensor
-    valid: Tensor
+    inputs: Tensor
+    targets: Tensor
     num_targets: int
     documents: Tensor | None = None
-    """int32 [rows, seq_len + 1], the number of each token's document in its row; None: no mask."""
-    lengths: Tensor | None = None
-    """int64 [rows], tokens of each row that are there; None: all."""
-    learned: Tensor | None = None
-    """bool [rows, seq_len + 1], the tokens that may be targets; None: all."""
+    """int32 [rows, seq_len], the number of each input's document in its row; None: no mask."""
 
     @classmethod
     def of(cls, batch: Batch, device: torch.device, *, document_mask: bool = False) -> TokenBatch:
         """The stream's batch on the device.
 
-        With `document_mask` the first token of a document is nobody's target. Padding behind the
-        last token of a packed row is nobody's either, and a document of its own for the mask.
+        With `document_mask` the first token of a document is nobody's target. Rows that are padding
+        and what is behind the last token of a packed row have no targets, and the latter is a
+        document of its own for the mask.
         """
         width = batch.tokens.shape[1]
         is_target = (np.arange(1, width) < batch.lengths[:, None]) & batch.valid[:, None]
-        documents = lengths = learned = None
         if batch.targets is not None:
             is_target &= batch.targets[:, 1:]
-            learned = _to_device(torch.from_numpy(batch.targets), device)
-        if bool((batch.lengths[batch.valid] < width).any()):
-            lengths = torch.from_numpy(batch.lengths).to(device)
+        documents = None
         if document_mask:
             numbers = _document_numbers(batch)
             is_target &= numbers[:, 1:] == numbers[:, :-1]
-            documents = _to_device(torch.from_numpy(numbers), device)
-        tokens = _to_device(torch.from_numpy(batch.tokens), device)
-        valid = torch.from_numpy(batch.valid).to(device)
-        return cls(tokens, valid, int(is_target.sum()), documents, lengths, learned)
+            documents = _on_device(numbers[:, :-1], device)
+        targets = np.where(is_target, batch.tokens[:, 1:], IGNORE)
+        return cls(
+            _on_device(batch.tokens[:, :-1], device),
+            _on_device(targets, device),
+            int(is_target.sum()),
+            documents,
+        )
 
     def num_micro_batches(self, size: int) -> int:
         """How many `micro_batches` of this size there are."""
-        return -(-self.tokens.shape[0] // size)
+        return -(-len(self.inputs) // size)
 
     def micro_batches(self, size: int) -> Iterator[MicroBatch]:
         """The rows, `size` at a time; the last ones are padded.
 
         Every micro-batch has the same shape, so that a compiled block is compiled once.
         """
-        for start in range(0, self.tokens.shape[0], size):
+        for start in range(0, len(self.inputs), size):
             rows = slice(start, start + size)
-            tokens = _padded(self.tokens[rows], size)
-            ignored = ~_padded(self.valid[rows], size).unsqueeze(1)
             documents = None
-            if self.lengths is not None:
-                index = torch.arange(1, tokens.shape[1], device=tokens.device)
-                ignored = ignored | (index >= _padded(self.lengths[rows], size).unsqueeze(1))
-            if self.learned is not None:
-                ignored = ignored | ~_padded(self.learned[rows], size)[:, 1:]
             if self.documents is not None:
-                numbers = _padded(self.documents[rows], size)
-                ignored = ignored | (numbers[:, 1:] != numbers[:, :-1])
-                documents = numbers[:, :-1].contiguous()
-            targets = tokens[:, 1:].masked_fill(ignored, IGNORE)
-            yield MicroBatch(tokens[:, :-1].contiguous(), targets, documents)
+                documents = _filled(self.documents[rows], size, 0)
+            inputs = _filled(self.inputs[rows], size, 0)
+            yield MicroBatch(inputs, _filled(self.targets[rows], size, IGNORE), documents)
 
 
 class MicroBatch(NamedTuple):
@@ -98,12 +87,14 @@ def _document_numbers(batch: Batch) -> NDArray[np.int32]:
     return np.cumsum(ended[:, :width], axis=1, dtype=np.int32)
 
 
-def _padded(rows: Tensor, size: int) -> Tensor:
-    missing = size - rows.shape[0]
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+def _filled(rows: Tensor, size: int, value: int) -> Tensor:
+    """The rows and more of one value, so that there are `size`."""
+    missing = size - len(rows)
+    return torch.cat([rows, rows.new_full((missing, rows.shape[1]), value)]) if missing else rows
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def _on_device(values: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(values))
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

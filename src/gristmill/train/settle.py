@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gristmill.config.commands import Pretrain, Training
-from gristmill.config.data import DataModule, LitData, Mixture, RedPajama
+from gristmill.config.data import DataModule, LitData, Mixture, RawText, RedPajama
 from gristmill.config.model import ModelConfig
 from gristmill.config.parse import to_dict
 from gristmill.data.modules import open_datasets
@@ -51,7 +51,7 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     Raises UserError for settings that cannot work.
     """
     cfg = _weights_of_others(cfg)
-    _refuse_what_is_not_there(cfg)
+    data = _refuse_what_is_not_there(cfg)
     cfg = _as_begun(cfg)
     check_settings(cfg)
     model = _model(cfg)
@@ -61,14 +61,13 @@ def settle(cfg: Pretrain, prepare_with: Executor | None = None) -> Job:
     lr, min_lr = learning_rates(cfg)
     tokenizer_dir = _tokenizer_dir(cfg)
     _check_vocabulary(model, tokenizer_dir)
-    assert cfg.data is not None
-    datasets = open_datasets(cfg.data, tokenizer_dir, prepare_with)
+    datasets = open_datasets(data, tokenizer_dir, prepare_with)
     train_set, val_set = datasets.train_corpus(), datasets.val_corpus()
     tokenizer_dir = tokenizer_dir or train_set.tokenizer_dir
     model = _with_vocabulary(model, train_set, tokenizer_dir)
     exportable = is_exportable(model, refuse=not cfg.allow_unexportable)
     wanted = _identity(cfg, model, train_set, precision)
-    out_dir, record = directory.find(cfg, wanted, _run_name(model, cfg.data, train_set))
+    out_dir, record = directory.find(cfg, wanted, _run_name(model, data, train_set))
     earlier = record.length if record else None
     seq_len = _seq_len(cfg, model, train_set, earlier)
     train = training_stream(cfg.train, train_set, seq_len=seq_len, seed=datasets.seed)
@@ -133,7 +132,8 @@ def check_settings(cfg: Training) -> None:
     check_recompute(cfg.recompute, cfg.compile)
 
 
-def _refuse_what_is_not_there(cfg: Pretrain) -> None:
+def _refuse_what_is_not_there(cfg: Pretrain) -> DataModule:
+    """The data module; UserError where it is missing, or settings contradict each other."""
     if cfg.data is None:
         raise UserError(
             "no data to train on. Name a data module, for example "
@@ -151,6 +151,7 @@ def _refuse_what_is_not_there(cfg: Pretrain) -> None:
             "--train.document_mask false lets them look at each other. Leave out one of the two.",
             {"--train.document_mask": None},
         )
+    return cfg.data
 
 
 def _weights_of_others(cfg: Pretrain) -> Pretrain:
@@ -278,6 +279,8 @@ def _tokenizer_dir(cfg: Pretrain) -> Path | None:
         return None
     if cfg.initial_checkpoint_dir is not None:
         return load_tokenizer(cfg.initial_checkpoint_dir).path.parent
+    if not isinstance(cfg.data, RawText):  # a module of the user's own, which may do without
+        return None
     if cfg.model_name is not None and cfg.model_config is None and ":" not in cfg.model_name:
         return own_tokenizer(cfg.model_name)
     raise UserError(

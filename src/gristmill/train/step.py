@@ -61,10 +61,10 @@ def train_step(
     neither the micro-batch size nor padding changes the gradient. Of several ranks each gives its
     part of the batch, and all find the same.
     """
-    total = torch.zeros((), device=batch.tokens.device)
+    total = torch.zeros((), device=batch.inputs.device)
     num_targets: int | Tensor = max(1, batch.num_targets)
     if mesh.world > 1:
-        num_targets = torch.tensor(batch.num_targets, device=batch.tokens.device)
+        num_targets = torch.tensor(batch.num_targets, device=batch.inputs.device)
         num_targets = mesh.sum_rows(num_targets).clamp(min=1)
     visits: Tensor | None = None
     left = batch.num_micro_batches(job.micro_batch_size)

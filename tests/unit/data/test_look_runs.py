@@ -49,22 +49,29 @@ def trained(monkeypatch):
     """The digests of the batches that training takes, by step, as they reach the model."""
     pytest.importorskip("torch")
     from gristmill.train import fit
+    from gristmill.train.job import Job
 
     digests: dict[int, list[str]] = {}
     numbers: list[int] = []
-    begin, step = fit.reseed, fit.train_step
+    begin, step, put = fit.reseed, fit.train_step, Job.on_device
 
     def reseed(seed, number, *rank):
         numbers.append(number + 1)
         begin(seed, number, *rank)
 
     def train_step(model, optimizer, batch, *rest, **options):
-        tokens = np.ascontiguousarray(batch.tokens.cpu().numpy(), dtype="<i8")
-        digest = xxhash.xxh3_64_hexdigest(tokens.data)
+        assert np.array_equal(batch.inputs.numpy(), batch.read[:, :-1])
+        digest = xxhash.xxh3_64_hexdigest(batch.read.data)
         digests.setdefault(numbers[-1], []).append(digest)
         return step(model, optimizer, batch, *rest, **options)
 
+    def on_device(job, batch):
+        there = put(job, batch)
+        there.read = np.ascontiguousarray(batch.tokens, dtype="<i8")
+        return there
+
     monkeypatch.setattr(fit, "reseed", reseed)
+    monkeypatch.setattr(Job, "on_device", on_device)
     monkeypatch.setattr(fit, "train_step", train_step)
     return digests
 
@@ -252,9 +259,9 @@ class Own(DataModule):
     (tmp_path / "own_data.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     own = ("--data", "own_data:Own", "--data.share", "0.25")
-    for name, data in (("raw", raw), ("own", own)):
+    for name, data in (("raw", (*raw, *tokenizer)), ("own", own)):
         trained.clear()
-        assert pretrain(tmp_path / name, *data, *tokenizer, steps=4) == 0
+        assert pretrain(tmp_path / name, *data, steps=4) == 0
         for step in range(1, 5):
             page = inspected("--run", tmp_path / name, "--step", step)
             assert trained[step] == [digest_of(page)]

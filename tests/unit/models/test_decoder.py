@@ -9,6 +9,7 @@ from gristmill.models.cache import KVCache
 from gristmill.models.counts import parameter_shapes
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
+from gristmill.util.errors import UserError
 
 SEQUENTIAL = ModelConfig(
     vocab_size=64,
@@ -174,6 +175,19 @@ def test_positions_are_counted_from_where_they_are_said_to_start():
         torch.testing.assert_close(moved, plain, atol=1e-4, rtol=1e-4)
         stretched = model(tokens, positions=positions * 3)
     assert (stretched - plain).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_more_tokens_than_learned_positions_are_refused():
+    model = built(replace(PARALLEL, name="small", positions="learned", max_seq_length=16))
+    tokens = tokens_of(PARALLEL)
+    refused = r"small has learned positions for 16 tokens, and 17 were given. Give at most 16"
+    with pytest.raises(UserError, match=refused):
+        model(tokens, tokens)
+    cache = KVCache(model.config, 2, 20)
+    model(tokens[:, :16], cache=cache)
+    with pytest.raises(UserError, match=refused):
+        model(tokens[:, 16:], cache=cache)
 
 
 def test_num_logits_are_the_last_ones():

@@ -117,11 +117,3 @@ def test_targets_are_counted_exactly(rows, spare, micro, mask):
             tokens[i] if i < sum(row) and i not in starts else IGNORE for i in range(1, width)
         ]
         assert found.tolist() == wanted
-
-
-def test_full_rows_keep_no_lengths():
-    """Rows without padding cost nothing more than before there was any."""
-    batch = packed([[25], [12, 13], []])
-    assert TokenBatch.of(batch, CPU, document_mask=True).lengths is None
-    assert TokenBatch.of(batch, CPU).num_targets == 2 * SEQ_LEN
-    assert TokenBatch.of(packed([[24]]), CPU).lengths is not None

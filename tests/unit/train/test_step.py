@@ -9,6 +9,7 @@ from gristmill.config.model import ModelConfig
 from gristmill.config.sections import AdamW, TrainArgs
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
+from gristmill.models.loss import IGNORE
 from gristmill.optim.build import build_optimizer
 from gristmill.train.batch import TokenBatch
 from gristmill.train.step import reseed, train_step
@@ -34,7 +35,8 @@ def build():
 def batch_of(rows=4, valid=None):
     tokens = torch.randint(0, 64, (rows, 17), generator=torch.Generator().manual_seed(1))
     valid = torch.ones(rows, dtype=torch.bool) if valid is None else torch.tensor(valid)
-    return TokenBatch(tokens, valid, int(valid.sum()) * 16)
+    targets = tokens[:, 1:].masked_fill(~valid[:, None], IGNORE)
+    return TokenBatch(tokens[:, :-1], targets, int(valid.sum()) * 16)
 
 
 def job(micro, precision="32-true"):
@@ -69,7 +71,7 @@ def test_padding_rows_do_not_change_the_step():
 
 
 def _first(batch, rows):
-    return batch.tokens[:rows], batch.valid[:rows], rows * 16
+    return batch.inputs[:rows], batch.targets[:rows], rows * 16
 
 
 def test_the_loss_is_the_mean_over_targets_and_falls():
