@@ -51,13 +51,13 @@ def dry_run(run: Run) -> Job | None:
         run.console.note(f"torch.compile failed, training goes on without it: {reasons[0]}")
         return dataclasses.replace(job, compiles=False)
     half = job.micro_batch_size // 2
-    what = f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens "
-    what += f"does not fit in the memory of {job.device}"
+    what = f"micro_batch_size={job.micro_batch_size} with {job.length.seq_len} tokens"
     if job.cfg.train.micro_batch_size != "auto" or half == 0 or not together:
         raise UserError(
-            f"{what}. Use a smaller micro-batch.", {"--train.micro_batch_size": max(1, half)}
+            f"{what} does not fit in the memory of {job.device}. Use a smaller micro-batch.",
+            {"--train.micro_batch_size": max(1, half)},
         )
-    run.console.note(f"{what}; {half} are tried")
+    run.console.note(f"{what} does not fit in the memory of {job.device}: trying {half}")
     run.micro_batch_size = half
     return dataclasses.replace(job, micro_batch_size=half)
 
