@@ -123,10 +123,11 @@ def _bad_class(text: str, option: str, base: type, prog: str) -> UserError:
         )
     value = re.search(r"dot import path string: (.+)", text)
     given = value[1] if value else _given(text)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.6)
+    folded = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(given.lower(), folded, n=1, cutoff=0.6)
     return UserError(
         f"{option} {given} is not known. Choose {', '.join(names)}"
-        + (f" (did you mean {near[0]}?)" if near else "")
+        + (f" (did you mean {folded[near[0]]}?)" if near else "")
         + f"; `{prog} {option}.help NAME` lists its options. Your own class is module:Class."
     )
 

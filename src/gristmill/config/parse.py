@@ -16,7 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from gristmill.config.data import DataModule, RawText
-from gristmill.config.explain import explain, subclasses
+from gristmill.config.explain import CLASS_OPTIONS, explain, subclasses
 from gristmill.config.recipes import load_recipe
 from gristmill.config.sections import Optimizer
 from gristmill.config.tuning_data import TuningData
@@ -182,7 +182,18 @@ def normalise(
     if pending is not None:
         # `--data.help` alone is complete; any other option lacks its value and the parser says so.
         arguments.append(f"{pending}=true" if pending in flags else pending)
-    return _adopt_data_options(_with_fitting_warmup(arguments))
+    return _adopt_data_options(_with_fitting_warmup(_classes_first(arguments)))
+
+
+def _classes_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments, `--data NAME` before the options of NAME, wherever it was typed."""
+    ordered = list(arguments)
+    for option in CLASS_OPTIONS:
+        named = [i for i, a in enumerate(ordered) if a.partition("=")[0] == option]
+        own = [i for i, a in enumerate(ordered) if a.startswith(f"{option}.")]
+        if len(named) == 1 and own and own[0] < named[0]:
+            ordered.insert(own[0], ordered.pop(named[0]))
+    return ordered
 
 
 def _with_fitting_warmup(arguments: list[str]) -> list[str]:

@@ -131,12 +131,15 @@ def test_litgpts_spellings():
     )
     assert (again.checkpoint_dir, type(again.data)) == ("m", LIMA)
     assert finetune("full", "--initial_checkpoint_dir", "m").checkpoint_dir == "m"
+    late = finetune("full", "m", "--data.json_path", "d.json", "--data", "JSON", "--seed", "3")
+    assert (late.data, late.seed) == (JSON(json_path="d.json"), 3)
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--data", "Alpacca"], r"--data Alpacca is not known.*Alpaca2k.*did you mean Alpaca\?"),
+        (["--data", "json"], r"did you mean JSON\?"),
         (["--data", "TextFiles"], "--data TextFiles is not known.*JSON"),
         (["--data", "JSON"], "lacks a setting it needs. Add --data.json_path"),
         (["--data", "JSON", "--data.json_pth", "x"], "json_path"),
