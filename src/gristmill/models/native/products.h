@@ -250,4 +250,3 @@ static void gated(const Rows& x, const Matrix& gate, const Matrix& up, bf16* y) 
 static bf16* data(const Tensor& tensor) { return static_cast<bf16*>(tensor.data_ptr()); }
 
 static Rows rows_of(const Tensor& x) { return Rows(data(x), x.size(0), x.size(1)); }
-

@@ -53,4 +53,3 @@ static inline __m512 silu(__m512 x) {
   const __m512 share = _mm512_mask_mov_ps(one, negative, e);
   return _mm512_div_ps(_mm512_mul_ps(x, share), _mm512_add_ps(one, e));
 }
-
