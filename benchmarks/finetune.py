@@ -91,7 +91,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work_dir", help="where models and runs go, and stay")
     parser.add_argument("--warm_up", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ours", nargs="*", default=[], help="more options for gristmill")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 6:
+        parser.error(f"--steps {args.steps}: the first third does not count, so give 6 or more")
+    return args
 
 
 def write_records(file: Path) -> Path:
