@@ -238,6 +238,7 @@ def test_a_file_that_is_there_is_taken_when_it_is_the_same(hub, tmp_path):
     assert (tmp_path / "m/config.json").read_bytes() == files["config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 128 + signal.SIGINT)]
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from gristmill.data.preparation import plan
+from gristmill.data.preparation import plan, split
 from gristmill.data.preparation.plan import Plan, Recipe, lay_out, make_plan, sample_texts
 from gristmill.data.preparation.split import FEW_DOCUMENTS, VAL, Split
 from gristmill.data.raw import sources
@@ -260,9 +260,10 @@ def test_long_documents_are_sampled_and_split(reading):
     assert "short" in sample_texts(recipe(), NOWHERE, found)
 
 
-def test_much_text_is_split_without_reading_it_all(reading):
+def test_much_text_is_split_without_reading_it_all(reading, monkeypatch):
+    monkeypatch.setattr(split, "BLOCK_BYTES", 4096)
     files, read = reading
-    text = make_text(1, 40_000)
+    text = make_text(1, 5_000)
     files["0000.jsonl"] = [f"{n} {text[n:]}" for n in range(FEW_DOCUMENTS)]
     made = make_plan(recipe(val_fraction=0.2), NOWHERE, listing(10**12))
     assert made.split.block_bytes == 0  # there will be many documents

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
-from gristmill.data.preparation.workspace import NAME as UNFINISHED
+from gristmill.data.preparation.workspace import is_unfinished
 from gristmill.data.reading.chunk_cache import ChunkCache
 from gristmill.data.storage import Storage, is_url
 from gristmill.data.store import manifest
@@ -91,7 +91,7 @@ def is_dataset(folder: Path) -> bool:
     """Whether there is a finished dataset, or one of litdata's."""
     if (folder / manifest.NAME).is_file():
         return True
-    return (folder / "index.json").is_file() and not (folder / UNFINISHED).exists()
+    return (folder / "index.json").is_file() and not is_unfinished(folder)
 
 
 def is_validation(dataset: Dataset) -> bool:

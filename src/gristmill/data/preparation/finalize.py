@@ -193,6 +193,7 @@ def _source(plan: Plan, name: str, job: _Job) -> Source:
         separator=recipe.separator,
         filters=recipe.filters,
         map=recipe.map,
+        map_digest=recipe.map_digest,
         val_pattern=recipe.val_pattern,
         fast_dev_run=recipe.fast_dev_run,
         quarantined=tuple(job.quarantined),

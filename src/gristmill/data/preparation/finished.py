@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gristmill.data.preparation.plan import Plan
+from gristmill.data.preparation.plan import Plan, Recipe
 from gristmill.data.preparation.workspace import JOB, Workspace, check_replaceable, datasets_in
 from gristmill.data.storage import Storage
-from gristmill.data.store.manifest import Manifest
+from gristmill.data.store.manifest import Manifest, Source
 from gristmill.util.errors import UserError
 
 Made = dict[str, Manifest]
@@ -20,11 +22,15 @@ _SHAPING = {
     "separator": "--separator",
     "filters": "--filter",
     "map": "--map",
+    "map_digest": "code of --map",
     "val_fraction": "--val_fraction",
     "val_pattern": "--val_pattern",
     "seed": "--seed",
 }
 """Options that are in a manifest and in a recipe, and what users call them."""
+
+_CHANGED = "input files have changed since"
+_UNKNOWN = "input, options or tokenizer differ"
 
 REMOVE = "name another --output_dir, or remove this one first."
 
@@ -39,24 +45,16 @@ def finished(plan: Plan, out: Storage, *, overwrite: bool = False) -> Made:
         return found
     if not overwrite:
         if begun and begun["job"] != plan.job:
-            raise _another(out, "the unfinished work", plan, begun["hash"], {}, replaceable=True)
+            raise _another(out, "the unfinished work", _unfinished_differs(out, plan, begun), True)
         if found and not begun:
-            hashes = _plans(found)
-            name = hashes.pop() if len(hashes) == 1 else ""
-            raise _another(out, "the dataset", plan, name, found, replaceable=out.is_local)
+            changed = _CHANGED if _plans(found) == {plan.hash} else _dataset_differs(found, plan)
+            raise _another(out, "the dataset", changed, out.is_local)
     check_replaceable(out)
     return {}
 
 
-def _another(
-    out: Storage, what: str, plan: Plan, name: str, found: Made, *, replaceable: bool
-) -> UserError:
-    changed = (
-        "input files have changed since"
-        if name == plan.hash
-        else (_differences(found, plan) or "input, options or tokenizer differ")
-    )
-    text = f"{out.root} holds {what} of another job: {changed}."
+def _another(out: Storage, what: str, differs: str, replaceable: bool) -> UserError:
+    text = f"{out.root} holds {what} of another job: {differs}."
     if not replaceable:
         return UserError(f"{text} {REMOVE}")
     return UserError(
@@ -65,19 +63,24 @@ def _another(
     )
 
 
-def _differences(found: Made, plan: Plan) -> str:
-    """In what the datasets found differ from those of the plan, in words; "" where unknown."""
-    if not found:
-        return ""
+def _unfinished_differs(out: Storage, plan: Plan, begun: Mapping[str, Any]) -> str:
+    """In what the work that was begun in `out` differs from the plan, in words."""
+    if begun["hash"] == plan.hash:
+        return _CHANGED
+    try:
+        made = Workspace.open(out).load()[0].recipe
+    except (OSError, ValueError, KeyError, TypeError):  # another version's, or going just now
+        return _UNKNOWN
+    return _other(_options(made, plan.recipe))
+
+
+def _dataset_differs(found: Made, plan: Plan) -> str:
+    """In what the datasets found differ from those of the plan, in words."""
     manifest = next(iter(found.values()))
     source, made, wanted = manifest.source, manifest.tokenizer, plan.recipe
     if source is None or made is None:
-        return ""
-    differ = [
-        option
-        for name, option in _SHAPING.items()
-        if getattr(source, name) != getattr(wanted, name)
-    ]
+        return _UNKNOWN
+    differ = _options(source, wanted)
     if made.digest != wanted.tokenizer:
         differ.append("tokenizer")
     elif (made.bos_id, made.eos_id) != (wanted.bos_id, wanted.eos_id):
@@ -89,7 +92,18 @@ def _differences(found: Made, plan: Plan) -> str:
             differ.append("input files")
         elif source.chunk_tokens != wanted.chunk_tokens:
             differ.append("--chunk_tokens")
-    return f"other {', '.join(differ)}" if differ else ""
+    return _other(differ)
+
+
+def _options(made: Source | Recipe, wanted: Recipe) -> list[str]:
+    """The options that differ."""
+    return [
+        option for name, option in _SHAPING.items() if getattr(made, name) != getattr(wanted, name)
+    ]
+
+
+def _other(differ: Sequence[str]) -> str:
+    return f"other {', '.join(differ)}" if differ else _UNKNOWN
 
 
 def _are_of(found: Made, plan: Plan, noted: str | None) -> bool:

@@ -18,7 +18,7 @@ from gristmill.data.preparation.plan import DEFAULT_CHUNK_TOKENS, Recipe
 from gristmill.data.raw import inputs as listing
 from gristmill.data.raw import layouts
 from gristmill.data.raw.documents import Input, OnError
-from gristmill.data.raw.select import load_map
+from gristmill.data.raw.select import load_map, map_digest
 from gristmill.data.storage import Storage
 from gristmill.data.store.chunks import dtype_for
 from gristmill.tokenizer.engines import Requested
@@ -133,6 +133,7 @@ def recipe_for(
         separator=separator,
         filters={**layout.filters, **(filters or {})},
         map=map_function,
+        map_digest=None if map_function is None else map_digest(map_function),
         tokenizer=tokenizer.digest,
         num_token_ids=tokenizer.num_token_ids,
         bos_id=frame.bos_id,

@@ -90,6 +90,8 @@ class ObjectWorkspace(Workspace):
         for split, held in zip(plan.recipe.splits, record.splits, strict=True):
             small = joins(held.parts, plan.recipe.chunk_tokens)
             for index, (part, joined) in enumerate(zip(held.parts, small, strict=True)):
+                # Before the record that lists it: nobody sees a dataset before its manifest, and
+                # another execution puts the same bytes under the same name.
                 final = f"{split}/{chunk_name(unit, index)}".lstrip("/")
                 name = _part_name(unit, part.name) if joined else final
                 self.out.put(folder / part.name, name)

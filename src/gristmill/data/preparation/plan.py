@@ -82,6 +82,8 @@ class Recipe:
     """Which records are kept; see `select.Selection`."""
     map: str | None = None
     """The user's function, as module:name."""
+    map_digest: str | None = None
+    """Which source that function has; see `select.map_digest`."""
     tokenizer: str
     """Digest of the tokenizer."""
     num_token_ids: int

@@ -37,7 +37,8 @@ from gristmill.util.errors import UserError
 NAME = ".prepare"
 JOB = ".job.json"
 """Beside a finished dataset: which job made it, as the inputs were then."""
-_OURS = {NAME, JOB, "train", "val", "tokenizer", "index.json", "chunks.npy", "README.md"}
+SIDES = ("train", "val")
+_OURS = {NAME, JOB, *SIDES, "tokenizer", "index.json", "chunks.npy", "README.md"}
 _OURS |= {manifest.NAME, REJECTS}
 
 
@@ -333,10 +334,16 @@ def _rename_new(source: Path, target: Path) -> None:
         raise
 
 
+def is_unfinished(folder: Path) -> bool:
+    """Whether a preparation has begun in `folder`, or writes it as one side of a split."""
+    places = (folder, folder.parent) if folder.name in SIDES else (folder,)
+    return any((place / NAME).exists() for place in places)
+
+
 def datasets_in(out: Storage) -> dict[str, manifest.Manifest]:
     """The finished datasets of a job in `out`, by split name ("" when there is no split)."""
     found = {}
-    for name in ("", "train", "val"):
+    for name in ("", *SIDES):
         place = out.below(name) if name else out
         if place.exists(manifest.NAME):
             found[name] = manifest.read(place.path if place.is_local else place)

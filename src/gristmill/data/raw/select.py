@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +156,19 @@ def load_map(spec: str) -> Map:
     raises RunError, naming it, where it fails or answers with another length or kind.
     """
     return _checked(spec, _imported(spec))
+
+
+def map_digest(spec: str) -> str | None:
+    """What tells whether the user's function is still the same: a digest of its source.
+
+    None where it has none, such as one made at run time. What it calls is not looked at.
+    """
+    function = _imported(spec)
+    try:
+        source = inspect.getsource(function if hasattr(function, "__name__") else type(function))
+    except (OSError, TypeError):
+        return None
+    return hashlib.sha256(source.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def _checked(spec: str, function: Callable[[list[str]], Sequence[Any]]) -> Map:

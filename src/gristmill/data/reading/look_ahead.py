@@ -21,7 +21,7 @@ _MAX_BLOCKS = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class BatchShare:
     """What makes batches comparable: their size, and whose rows of them these are."""
 
     batch_size: int
@@ -33,45 +33,48 @@ _First = OrderedDict[str, tuple[int, Wanted]]
 
 
 class LookAhead:
-    """Tells a cache what one reader will need. `chunks_of(samples, plan)` gives a batch's; nothing
+    """Tells a cache what one reader will need. `chunks_of(samples, share)` gives a batch's; nothing
     further than `horizon` samples away is looked at."""
 
     def __init__(
-        self, cache: ChunkCache, chunks_of: Callable[[int, Plan], Iterable[Wanted]], horizon: int
+        self,
+        cache: ChunkCache,
+        chunks_of: Callable[[int, BatchShare], Iterable[Wanted]],
+        horizon: int,
     ) -> None:
         self._cache, self._chunks_of, self._horizon = cache, chunks_of, horizon
-        self._plan: Plan | None = None
+        self._share: BatchShare | None = None
         self._batches: deque[tuple[int, list[Wanted]]] = deque()
         self._blocks: deque[tuple[int, list[Wanted]]] = deque()
         self._behind: _First = OrderedDict()
 
-    def at(self, samples: int, plan: Plan) -> None:
+    def at(self, samples: int, share: BatchShare) -> None:
         """The batch after `samples` is about to be read: fetch for it and for those behind it."""
-        if plan != self._plan or not self._batches or self._batches[0][0] > samples:
-            self._plan, self._batches, self._blocks = plan, deque(), deque()
+        if share != self._share or not self._batches or self._batches[0][0] > samples:
+            self._share, self._batches, self._blocks = share, deque(), deque()
             self._behind.clear()
         while self._batches and self._batches[0][0] < samples:
             self._batches.popleft()
-        if self._batches and (self._batches[0][0] - samples) % plan.batch_size:
+        if self._batches and (self._batches[0][0] - samples) % share.batch_size:
             self._batches.clear()
-        coming = self._in_view(samples, plan)
+        coming = self._in_view(samples, share)
         uses = {key: position - samples for key, (position, _) in coming.items()}
         self._cache.ahead([wanted for _, wanted in coming.values()], uses)
 
-    def _in_view(self, samples: int, plan: Plan) -> _First:
+    def _in_view(self, samples: int, share: BatchShare) -> _First:
         """For each chunk needed soon, by its key, when it is needed first; soonest first."""
         first: _First = OrderedDict()
         size, position, number = 0, samples, 0
         while number < _MAX_BATCHES and size < self._cache.ahead_bytes:
             if number == len(self._batches):
-                self._batches.append((position, list(self._chunks_of(position, plan))))
+                self._batches.append((position, list(self._chunks_of(position, share))))
             for wanted in self._batches[number][1]:
                 if wanted.key not in first:
                     first[wanted.key] = position, wanted
                     size += wanted.record.bytes
-            position, number = position + plan.batch_size, number + 1
+            position, number = position + share.batch_size, number + 1
         if size < self._cache.ahead_bytes:
-            self._look_behind(position, plan)
+            self._look_behind(position, share)
             for key, (start, wanted) in self._behind.items():
                 if size >= self._cache.ahead_bytes:
                     break
@@ -80,9 +83,9 @@ class LookAhead:
                     size += wanted.record.bytes
         return first
 
-    def _look_behind(self, samples: int, plan: Plan) -> None:
+    def _look_behind(self, samples: int, share: BatchShare) -> None:
         """Let blocks begin with that of `samples`, and reach one further than they did."""
-        length = max(plan.batch_size, min(_BLOCK_SAMPLES, self._horizon // _MAX_BATCHES))
+        length = max(share.batch_size, min(_BLOCK_SAMPLES, self._horizon // _MAX_BATCHES))
         start = samples // length * length
         if self._blocks and self._blocks[0][0] != start:
             while self._blocks and self._blocks[0][0] < start:
@@ -98,7 +101,7 @@ class LookAhead:
             and size < 2 * self._cache.ahead_bytes
             and start < samples + self._horizon
         ):
-            found = list(self._chunks_of(start, Plan(length, plan.rank, plan.world)))
+            found = list(self._chunks_of(start, BatchShare(length, share.rank, share.world)))
             self._blocks.append((start, found))
             self._add(start, found)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gristmill.data.reading.chunk_cache import ChunkCache, Wanted
-from gristmill.data.reading.look_ahead import LookAhead, Plan
+from gristmill.data.reading.look_ahead import BatchShare, LookAhead
 from gristmill.data.reading.mixture import Mixture
 from gristmill.data.reading.order import SPREAD, Order, key, perm, samples_per_chunk
 from gristmill.data.reading.pack import VERSION as PACKING_VERSION
@@ -175,7 +175,7 @@ class TokenStream:
         assert batch_size > 0
         assert 0 <= rank < world
         for ahead in self._look_ahead:
-            ahead.at(samples, Plan(batch_size, rank, world))
+            ahead.at(samples, BatchShare(batch_size, rank, world))
         mine = self._rows(samples, batch_size, rank, world)
         return self._read(mine, -(-batch_size // world))
 
@@ -240,9 +240,9 @@ class TokenStream:
             found[1:, here] = self._orders[index].locate(number[here])
         return found
 
-    def _chunks_of(self, cache: ChunkCache, samples: int, plan: Plan) -> Iterator[Wanted]:
+    def _chunks_of(self, cache: ChunkCache, samples: int, share: BatchShare) -> Iterator[Wanted]:
         """The chunks that a rank needs of a batch, in the order in which it reads them."""
-        rows = self._rows(samples, plan.batch_size, plan.rank, plan.world)
+        rows = self._rows(samples, share.batch_size, share.rank, share.world)
         both = zip(rows.source.tolist(), rows.chunk.tolist(), strict=True)
         for source, chunk in dict.fromkeys(both):
             if self.datasets[source].cache is cache:

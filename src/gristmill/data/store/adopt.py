@@ -27,7 +27,7 @@ import xxhash
 
 from gristmill.config.data_commands import DataImport, listed
 from gristmill.data.preparation import card
-from gristmill.data.preparation.workspace import NAME as UNFINISHED
+from gristmill.data.preparation.workspace import is_unfinished
 from gristmill.data.storage import Storage, is_url
 from gristmill.data.store import chunk_table, manifest, packed
 from gristmill.data.store.chunk_table import ChunkTable
@@ -181,7 +181,7 @@ def _data_folders(path: Path) -> list[Path]:
     found, chunks = [], 0
     for here, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if (Path(here) / UNFINISHED).exists():
+        if is_unfinished(Path(here)):
             raise UserError(
                 f"{here} is not finished. run the `gristmill prepare` command of it again."
             )

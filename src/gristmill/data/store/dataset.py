@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gristmill.data.preparation.workspace import NAME as UNFINISHED
+from gristmill.data.preparation.workspace import is_unfinished
 from gristmill.data.reading.chunk_cache import ChunkCache, Wanted
 from gristmill.data.storage import Storage, is_url
 from gristmill.data.store import manifest, packed
@@ -78,7 +78,7 @@ class Dataset:
             table = ChunkTable.read(folder, contents.chunk_table, contents.totals.chunks)
             _check_element_type(folder / manifest.NAME, contents, table)
             dataset = cls(folder, contents, table)
-        elif (folder / "index.json").is_file() and not (folder / UNFINISHED).exists():
+        elif (folder / "index.json").is_file() and not is_unfinished(folder):
             dataset = cls(folder, *_adopted(folder))
         else:
             raise UserError(_why_not(folder))
@@ -262,7 +262,7 @@ def _adopted(folder: Path) -> tuple[Manifest, ChunkTable]:
 def _why_not(folder: Path) -> str:
     if not folder.exists():
         return f"there is no dataset {folder}. check the path, or make one: gristmill prepare"
-    if (folder / UNFINISHED).exists():
+    if is_unfinished(folder):
         return f"{folder} is not finished. run the `gristmill prepare` command of it again."
     inside = [name for name in ("train", "val") if (folder / name / "index.json").is_file()]
     if inside:

@@ -75,6 +75,8 @@ class Source:
     """What was asked of the records' fields, as declared."""
     map: str | None = None
     """The user's function that chose or changed documents, as module:function."""
+    map_digest: str | None = None
+    """Digest of that function's source, where it could be read."""
     val_pattern: str | None = None
     """Which files are validation, where they were given."""
     fast_dev_run: bool = False
