@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -25,6 +24,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from small import MODEL, final_weights, metrics, train_tokenizer, write_novels
+
+sys.path.append(str(Path(__file__).parents[1] / "unit"))
+from data.s3 import s3_server  # noqa: F401
 
 from gristmill.cli import main
 from gristmill.data.reading.stream import TokenStream
@@ -174,28 +176,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(corpus: Path) -> Iterator[str]:
+def server(
+    corpus: Path,
+    s3_server: str,  # noqa: F811
+) -> str:
     """An S3 server that holds the dataset."""
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
     import s3fs
 
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # one line for each request
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    address = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "tests")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "tests")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        store = s3fs.S3FileSystem(endpoint_url=address, skip_instance_cache=True)
-        store.mkdir(BUCKET)
-        for path in sorted((corpus / "data").rglob("*")):
-            if path.is_file():
-                name = path.relative_to(corpus / "data").as_posix()
-                store.pipe_file(f"{BUCKET}/data/{name}", path.read_bytes())
-        yield address
-    server.stop()
+    store = s3fs.S3FileSystem(endpoint_url=s3_server, skip_instance_cache=True)
+    store.mkdir(BUCKET)
+    for path in sorted((corpus / "data").rglob("*")):
+        if path.is_file():
+            name = path.relative_to(corpus / "data").as_posix()
+            store.pipe_file(f"{BUCKET}/data/{name}", path.read_bytes())
+    return s3_server
 
 
 @pytest.fixture

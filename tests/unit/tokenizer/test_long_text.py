@@ -102,7 +102,7 @@ def test_merging_sentencepiece_models_are_cut_at_words(tmp_path, texts, options)
     tokenizer = sentencepiece_model(tmp_path, texts, model_type="bpe", **options)
     text = "\n".join(texts)[:60_000] + " x  y   z\t 1 \u3000é" * 500
     pieces = tokenizer.cutter.pieces(text)
-    assert len(pieces) > 10
+    assert len(pieces) > 5
     assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.encode(text)
 
 
