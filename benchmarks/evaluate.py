@@ -41,8 +41,8 @@ SHAPE = {
     "tie_embeddings": True,
 }
 DTYPES = {"32-true": "float32", "bf16-true": "bfloat16"}
-PEER_SIZES = (4, 8, 16, 32, 64)
-PROBE = 200
+PEER_SIZES = (8, 16, 32, 64, 128)
+PROBE = 100
 """Requests of a set on which the peer's batch sizes are compared."""
 
 
