@@ -21,6 +21,7 @@ from gristmill.formats.export import convert_from_litgpt, export
 from gristmill.formats.model_dir import load_model
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
+from gristmill.tokenizer.prompt_styles import write_style
 from gristmill.util.errors import RunError, UserError
 
 CONFIG = ModelConfig(
@@ -131,6 +132,22 @@ def test_an_export_of_an_export_is_the_same(run, tmp_path):
     second = to(first, tmp_path / "two")
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def test_a_prompt_style_goes_along_in_each_formats_own_way(run, tokenizer, tmp_path):
+    styled = Path(shutil.copytree(tokenizer, tmp_path / "styled"))
+    (styled / "chat_template.jinja").unlink()
+    write_style(styled, "Alpaca")
+    theirs = to(run, tmp_path / "theirs", format="litgpt", tokenizer_dir=str(styled))
+    style = "class_path: litgpt.prompts.Alpaca\n"
+    assert (theirs / "prompt_style.yaml").read_text() == style
+    ours = to(theirs, tmp_path / "ours")
+    assert "### Response:" in (ours / "chat_template.jinja").read_text()
+    assert not (ours / "prompt_style.yaml").exists()
+    again = to(ours, tmp_path / "again", format="litgpt")
+    assert (again / "prompt_style.yaml").read_text() == style
+    # The template of the run itself is none of theirs.
+    assert not (to(run, tmp_path / "plain", format="litgpt") / "prompt_style.yaml").exists()
 
 
 def test_a_tokenizer_may_be_given_or_absent(saved, tmp_path, tokenizer, capsys):
@@ -302,6 +319,7 @@ def test_a_bit_that_flips_on_the_way_is_found(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_export_leaves_nothing_that_can_be_taken_for_one(run, tmp_path, sent):
     """Killed while it writes: no target; the next run clears what is hidden."""
