@@ -44,10 +44,10 @@ SPELLINGS = {
 """Names of commands in another tool, and ours."""
 
 ELSEWHERE = {
-    "finetune adapter_v2": "LLaMA-Adapter v2 (a scale and a bias on every matrix, and the norms) "
-    "is not there. Use `gristmill finetune lora` with the same options; `--lora_key true "
+    "finetune adapter_v2": "adapter_v2 (a scale and a bias on every matrix, and the norms) is not "
+    "there. Use `gristmill finetune lora` with the same options; `--lora_key true "
     "--lora_projection true --lora_mlp true` trains all matrices of the blocks, and the result is "
-    "an ordinary model. LLaMA-Adapter's first version is `gristmill finetune adapter`.",
+    "an ordinary model. The first version is `gristmill finetune adapter`.",
 }
 """Commands of another tool that have no like here, and what to do instead."""
 
