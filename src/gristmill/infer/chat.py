@@ -107,8 +107,8 @@ def _read_line(prompt: str) -> str:
     except UnicodeDecodeError as error:
         emit("\n")
         raise UserError(
-            f"the input is not {error.encoding} (byte {error.start} of what was read). convert it, "
-            "for example with iconv."
+            f"the input is not {error.encoding.upper()} (byte {error.start} of what was read). "
+            "convert it, for example with iconv."
         ) from None
     if not line:
         raise EOFError

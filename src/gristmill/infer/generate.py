@@ -240,7 +240,7 @@ def _write_all(
     if done:
         note(f"{len(done):,} texts are there already; going on with the others.")
     rows = choose_rows(loaded, cfg.batch_size, [tasks[place] for place in places], cfg)
-    note(f"Writing {len(places):,} texts, {rows} at a time.")
+    note(f"Writing {_texts(len(places))}, {rows} at a time.")
     if cfg.compile == "auto":
         note("Not compiled: that is for one text at a time.")
     meter = _Meter(len(places), live=file is not None)
@@ -266,6 +266,10 @@ def _write_all(
             )
     if file is not None:
         note(f"Texts: {file.path}")
+
+
+def _texts(count: int) -> str:
+    return "1 text" if count == 1 else f"{count:,} texts"
 
 
 def _finished(
@@ -331,5 +335,5 @@ class _Meter:
         rate = self._tokens / total if total else 0.0
         return (
             f"Time for inference: {total:.2f} sec total, {rate:.2f} tokens/sec, "
-            f"{self._tokens} tokens in {self._texts} texts"
+            f"{self._tokens} tokens in {_texts(self._texts)}"
         )

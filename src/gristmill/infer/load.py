@@ -243,7 +243,7 @@ def use_few_threads(loaded: LoadedModel) -> None:
 
 
 def load(
-    checkpoint_dir: str | Path | None,
+    checkpoint_dir: str | Path,
     device: str,
     precision: str,
     *,
@@ -256,11 +256,6 @@ def load(
     unset takes the tokenizer that lies with the model. `quantize` rounds the matrices of linear
     layers. Raises UserError when there is no such directory, or no model or tokenizer in it.
     """
-    if checkpoint_dir is None:
-        raise UserError(
-            "no model given. name a model directory as the first word: gristmill generate "
-            "out/quickstart/run"
-        )
     chosen = choose_device(device)
     resolved = resolve_precision(precision, chosen, bf16="bf16-true")
     tokenizer, knows_template = open_tokenizer(checkpoint_dir, tokenizer_dir)
@@ -301,8 +296,13 @@ def open_tokenizer(
 def load_for_command(cfg: Loading) -> LoadedModel:
     """The model that a command's options name, ready to decode; says what was chosen.
 
-    For commands only, as `use_few_threads`. Raises UserError as `load`.
+    For commands only, as `use_few_threads`. Raises UserError as `load`, and when none is named.
     """
+    if cfg.checkpoint_dir is None:
+        raise UserError(
+            "no model given. name a model directory as the first word: gristmill "
+            f"{type(cfg).__name__.lower()} out/quickstart/run"
+        )
     loaded = load(
         cfg.checkpoint_dir,
         cfg.device,

@@ -1,3 +1,4 @@
+import io
 import re
 import sys
 
@@ -6,7 +7,7 @@ import pytest
 from gristmill.config.use_commands import Chat
 from gristmill.infer.chat import chat
 from gristmill.infer.conversation import Conversation
-from gristmill.infer.load import load
+from gristmill.infer.load import emit, load
 from gristmill.models.decoding import Context
 from gristmill.util.errors import UserError
 
@@ -324,3 +325,19 @@ def test_the_prompt_style_of_a_checkpoint_is_used_and_told(base_model, tmp_path,
     said = capsys.readouterr().err
     assert "the style my.styles.Mine, which is not known here: questions are put as they st" in said
     assert "has no chat template" in said
+
+
+def test_input_that_is_no_text_is_told(base_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "stdin").write_bytes(b"a\xff\n")
+    monkeypatch.setattr("sys.stdin", (tmp_path / "stdin").open(encoding="utf-8"))
+    with pytest.raises(UserError, match=r"the input is not UTF-8 \(byte 1 of what was read\)"):
+        run(base_model)
+    with pytest.raises(UserError, match="no model given.*gristmill chat out/quickstart"):
+        chat(Chat())
+
+
+def test_an_output_without_the_characters(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    emit("caf\u00e9 \u4e2d")
+    assert written.getvalue() == b"caf\xe9 ?"
