@@ -52,13 +52,15 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 def tiny(shape="grouped", context=64, scale=4.0):
+    """A random model of a kind in `SHAPES`, or of a shape of one's own."""
+    fields = SHAPES[shape] if isinstance(shape, str) else shape
     config = ModelConfig(
         vocab_size=64,
         hidden_size=32,
         num_heads=4,
         intermediate_size=64,
         max_seq_length=context,
-        **{"num_layers": 2, **SHAPES[shape]},
+        **{"num_layers": 2, **fields},
     )
     model = Decoder(config)
     init_weights(model, seed=1)
