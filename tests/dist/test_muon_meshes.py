@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from training import CPU, Case, batch_of, build, parameters_of
+from training import CPU, TINY, Case, batch_of, build, parameters_of
 
+from gristmill.config.model import MixtureOfExperts
 from gristmill.config.sections import Muon, Parallel
 from gristmill.optim.build import block_matrices, build_optimizer
 from gristmill.parallel import gradients
@@ -47,6 +50,19 @@ def moves(case: Case) -> tuple[dict[str, Tensor], bool]:
         found.append({name: after[name] - before[name] for name in after})
     close_mesh(mesh)
     return {name: found[0][name] for name in matrices}, not any(m.any() for m in found[1].values())
+
+
+EXPERTS = dataclasses.replace(TINY, moe=MixtureOfExperts(num_experts=4, intermediate_size=16))
+
+
+@pytest.mark.parametrize("sizes", [{}, {"replicate": 2}, {"context": 2}], ids=str)
+def test_updates_of_experts_are_those_of_one_process(ranks, sizes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    wanted, _ = moves(Case(config=EXPERTS))
+    for found, _ in ranks(2, moves, Case(config=EXPERTS, sizes=sizes)):
+        for name, move in found.items():
+            likeness = F.cosine_similarity(move.flatten(), wanted[name].flatten(), dim=0)
+            assert likeness > 0.97, name
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -122,6 +122,16 @@ def test_two_then_one_then_four(world, ranks, one):
     close(world, "moved", one)
 
 
+def test_from_one_kind_of_mesh_to_another(world, ranks, one):
+    tensor, context = ("--parallel.tensor=2",), ("--parallel.context=2",)
+    assert ranks(2, train, world, "kinds", *tensor, *hook("stop_after_6"))[0][0] == 1
+    assert ranks(4, train, world, "kinds", *context, *hook("stop_after_10"))[0][0] == 1
+    assert read_record(complete(world / "kinds")[0])["world"] == 4
+    assert ranks(4, train, world, "kinds", *tensor, *context, *hook("note"))[0][0] == 0
+    assert stream(world, "kinds") == stream(world, one)
+    close(world, "kinds", one)
+
+
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -6,10 +6,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from gristmill.config.model import ModelConfig
 from gristmill.config.sections import AdamW, Parallel
@@ -51,7 +54,7 @@ class Case:
     micro_batch_size: int = 4
     steps: int = 1
     compile: str = "off"
-    recompute: str = "none"
+    recompute: str | float = "none"
     precision: str = "32-true"
     documents: bool = False
     z_loss: float = 0.0
@@ -74,9 +77,22 @@ class Result:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A tensor put together from all ranks."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().clone()
+    """A tensor put together from all ranks.
+
+    Here and not by `full_tensor`, which fails where rows that are cut twice do not divide.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    _, start = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (start, tensor.detach().to_local()))
+    whole = torch.full(tensor.shape, torch.nan, dtype=tensor.dtype)
+    for offset, part in parts:
+        whole[tuple(slice(a, a + n) for a, n in zip(offset, part.shape))] = part
+    assert not whole.isnan().any()
+    return whole
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
