@@ -294,6 +294,23 @@ def test_torchrun_is_joined(world, hooks):
 
 
 @pytest.mark.slow
+def test_the_words_of_mpirun_are_joined(world, hooks):
+    out = hooks / "run"
+    started = []
+    for rank in range(2):
+        words = {"RANK": rank, "SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
+        own = {f"OMPI_COMM_WORLD_{name}": str(value) for name, value in words.items()}
+        command = [sys.executable, "-m", "gristmill", *pretrain(world, out)]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **own}
+        started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE))
+    said = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert b"devices   2: shard 2" in said[0]
+    assert said[1] == b""
+    close(out, world / "run")
+
+
+@pytest.mark.slow
 def test_two_processes_then_one_then_four_read_the_same_samples(world, hooks, monkeypatch):
     whole, out = hooks / "whole", hooks / "run"
     monkeypatch.setenv("NOTES", str(hooks / "undisturbed"))
