@@ -60,7 +60,6 @@ _MAX_PARTS = 4
 _FEW_FILES = 16
 _COMPRESSED_LINES = re.compile(r".*\.(jsonl|ndjson)\.(gz|zst)", re.IGNORECASE)
 _RATIO_BYTES = 1 << 20
-
 DEFAULT_CHUNK_TOKENS = 2**24
 FAST_DEV_BYTES = 1_000_000
 """Text that `fast_dev_run` prepares."""
@@ -81,9 +80,8 @@ class Recipe:
     filters: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Which records are kept; see `select.Selection`."""
     map: str | None = None
-    """The user's function, as module:name."""
+    """The user's function, as module:name; `map_digest` is of its source."""
     map_digest: str | None = None
-    """Which source that function has; see `select.map_digest`."""
     tokenizer: str
     """Digest of the tokenizer."""
     num_token_ids: int
