@@ -28,8 +28,12 @@ from ray.cluster_utils import Cluster
 node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args=node)
 print(cluster.address, flush=True)
+added = []
 for line in sys.stdin:
-    cluster.add_node(**node)
+    if line == "add\\n":
+        added.append(cluster.add_node(**node))
+    else:
+        cluster.remove_node(added.pop(), allow_graceful=False)
     print("0", flush=True)
 cluster.shutdown()
 """
@@ -58,11 +62,18 @@ def wait(run, stats):
     if once(run, 0, 6, "waits"):
         while not (run.job.out_dir / "goes-on").exists():
             time.sleep(0.1)
+
+def wait_at_6_and_10(run, stats):
+    """Until the test has taken a machine away, and given one back."""
+    for step in (6, 10):
+        if once(run, 0, step, f"at-{step}"):
+            while not (run.job.out_dir / f"after-{step}").exists():
+                time.sleep(0.1)
 '''
 
 
 class Nodes:
-    """A Ray cluster of this machine that can grow."""
+    """A Ray cluster of this machine that can grow and shrink."""
 
     def __init__(self, folder: Path) -> None:
         (folder / "cluster.py").write_text(CLUSTER)
@@ -83,7 +94,14 @@ class Nodes:
         raise AssertionError("the cluster did not start")
 
     def add(self) -> None:
-        self._process.stdin.write("add\n")
+        self._do("add")
+
+    def remove(self) -> None:
+        """The one that was added last is lost with all that runs on it."""
+        self._do("remove")
+
+    def _do(self, what: str) -> None:
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         self._answer()
 
@@ -161,4 +179,49 @@ def test_a_signal_is_obeyed(nodes, world, tmp_path):
     assert process.returncode == 143, said
     assert "SIGTERM: stopped at step 6, saved." in said
     assert (out / "step-00000006/checkpoint.json").exists()
+    assert not ranks_of(out)
+
+
+@pytest.fixture
+def own_nodes(tmp_path: Path) -> Iterator[Nodes]:
+    pytest.importorskip("ray.train")
+    nodes = Nodes(tmp_path)
+    yield nodes
+    nodes.stop()
+
+
+def test_machines_leave_and_join(own_nodes, world, tmp_path):
+    out = tmp_path / "run"
+    own_nodes.add()
+    on_ray = ("--launcher", "ray", "--num_nodes", "2", "--ray.min_nodes", "1")
+    hook = ("--hook", "hooks:wait_at_6_and_10", "--ray.address", own_nodes.address)
+    process = start(tmp_path, pretrain(world, out, *on_ray, *hook))
+
+    def wait_for(there) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not there():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+    def worlds() -> list[int]:
+        """How many ranks each attempt has had."""
+        attempts = sorted(out.glob("ray/*/attempt-*"))
+        return [len(list(attempt.glob("rank-*.log"))) for attempt in attempts]
+
+    wait_for((out / "at-6").exists)
+    assert worlds() == [2]
+    own_nodes.remove()
+    (out / "after-6").touch()
+    wait_for((out / "at-10").exists)
+    assert worlds() == [2, 1]
+    own_nodes.add()
+    wait_for(lambda: worlds() == [2, 1, 2])  # Ray looks once a minute
+    (out / "after-10").touch()
+    said, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, said
+    rows, expected = metrics(out), metrics(world / "run")
+    assert [row["step"] for row in rows] == [row["step"] for row in expected]
+    losses = [row["loss"] for row in expected[1:]]
+    assert [row["loss"] for row in rows[1:]] == pytest.approx(losses, rel=1e-5)
     assert not ranks_of(out)
