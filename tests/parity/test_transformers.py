@@ -97,3 +97,12 @@ def test_a_lone_sentencepiece_model_cuts_the_same_there(shared, tmp_path):
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
         assert theirs(text)["input_ids"] == [ours.bos_id, *ids]
         assert theirs.decode(ids) == ours.decode(ids)
+    # A run whose documents began without BOS says so, and its prompts do, too.
+    files = hf.with_bos_policy(Tokenizer.load(source), adds_bos=False)
+    hf.write(
+        tmp_path / "plain", config, model.state_dict(), tokenizer_dir=source, extra_files=files
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
+    assert theirs(" led")["input_ids"] == ours.encode(" led")
+    assert Tokenizer.load(tmp_path / "plain").kind == "sentencepiece"
+    assert not Tokenizer.load(tmp_path / "plain").adds_bos

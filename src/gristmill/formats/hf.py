@@ -133,7 +133,9 @@ def with_bos_policy(tokenizer: Tokenizer, *, adds_bos: bool) -> dict[str, str]:
     BOS; none where it says so already."""
     if tokenizer.adds_bos == adds_bos:
         return {}
-    words = read_json(tokenizer.path.parent / TOKENIZER_WORDS) or _own_words(tokenizer)
+    words = read_json(tokenizer.path.parent / TOKENIZER_WORDS)
+    if not words:
+        return _own_files(tokenizer, adds_bos=adds_bos)
     return {TOKENIZER_WORDS: _json(words | {"add_bos_token": adds_bos})}
 
 
@@ -145,27 +147,27 @@ def _complete_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
     transformers 5 drops a space that a text begins with: it gets a `tokenizer.json` where one says
     the same.
     """
-    file = directory / TOKENIZER_WORDS
-    if file.exists():
-        return
-    content = tokenizer_json(tokenizer)
-    if content is not None:
-        (directory / "tokenizer.json").write_text(content, encoding="utf-8")
-    file.write_text(_json(_own_words(tokenizer, has_json=content is not None)))
+    if not (directory / TOKENIZER_WORDS).exists():
+        for name, text in _own_files(tokenizer, adds_bos=tokenizer.adds_bos).items():
+            (directory / name).write_text(text, encoding="utf-8")
 
 
-def _own_words(tokenizer: Tokenizer, *, has_json: bool) -> dict[str, Any]:
-    """What `tokenizer_config.json` says of a tokenizer that came without."""
+def _own_files(tokenizer: Tokenizer, *, adds_bos: bool) -> dict[str, str]:
+    """What lies beside a tokenizer that came without settings: name -> text."""
+    content = tokenizer_json(tokenizer, adds_bos=adds_bos)
+    files = {} if content is None else {"tokenizer.json": content}
     words: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    if tokenizer.kind == "tokenizers" or has_json:
+    if tokenizer.kind == "tokenizers" or files:
         words["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if has_json:
-        words |= {DEFINITION: "tokenizer.model", "add_bos_token": tokenizer.adds_bos}
-    elif tokenizer.kind != "tokenizers":
+    else:
         words |= {"tokenizer_class": zoo.SENTENCEPIECE_CLASS, "legacy": True}
-        words["add_bos_token"] = tokenizer.adds_bos
+    if files:
+        words[DEFINITION] = "tokenizer.model"
+    if tokenizer.kind != "tokenizers" or adds_bos != tokenizer.adds_bos:
+        words["add_bos_token"] = adds_bos
     named = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
-    return words | {key: value for key, value in named.items() if value}
+    words |= {key: value for key, value in named.items() if value}
+    return files | {TOKENIZER_WORDS: _json(words)}
 
 
 def _json(value: dict[str, Any]) -> str:

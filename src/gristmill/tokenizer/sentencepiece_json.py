@@ -25,9 +25,10 @@ from gristmill.tokenizer.tokenizer import Tokenizer
 _SPACE = "▁"
 
 
-def tokenizer_json(tokenizer: Tokenizer) -> str | None:
+def tokenizer_json(tokenizer: Tokenizer, *, adds_bos: bool) -> str | None:
     """The content of a `tokenizer.json` that cuts texts as the `tokenizer.model` does.
 
+    `adds_bos`: whether it puts BOS before a text where somebody asks for special tokens.
     Compared on awkward texts and on pieces of the model next to each other. None for models that
     have no such form: unigram models, those that change characters or join spaces, tokens that
     are set by hand or added beside the model, and where a comparison found a difference.
@@ -45,7 +46,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
         or any(piece.type in (USER_DEFINED, UNUSED) for piece in model.pieces)
     ):
         return None
-    content = json.dumps(_definition(model, tokenizer), ensure_ascii=False)
+    content = json.dumps(_definition(model, tokenizer, adds_bos), ensure_ascii=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         path.write_text(content, encoding="utf-8")
@@ -54,7 +55,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> str | None:
     return None if difference(tokenizer, other, probes) else content
 
 
-def _definition(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+def _definition(model: Model, tokenizer: Tokenizer, adds_bos: bool) -> dict[str, Any]:
     """https://github.com/huggingface/tokenizers: the parts that a text goes through."""
     named = [(i, p.text) for i, p in enumerate(model.pieces) if p.type in (CONTROL, UNKNOWN)]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -76,7 +77,7 @@ def _definition(model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
         "added_tokens": [{"id": i, "content": t, **flags, "special": True} for i, t in named],
         "normalizer": {"type": "Sequence", "normalizers": before},
         "pre_tokenizer": None,
-        "post_processor": _begins_with_bos(tokenizer),
+        "post_processor": _begins_with_bos(tokenizer) if adds_bos else None,
         "decoder": {"type": "Sequence", "decoders": after},
         "model": {
             "type": "BPE",
@@ -106,7 +107,7 @@ def _merges(model: Model) -> list[tuple[str, str]]:
 
 
 def _begins_with_bos(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if not tokenizer.adds_bos or tokenizer.bos_token is None:
+    if tokenizer.bos_token is None:
         return None
     token = tokenizer.bos_token
     bos = [{"SpecialToken": {"id": token, "type_id": part}} for part in (0, 1)]

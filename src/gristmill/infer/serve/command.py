@@ -39,6 +39,8 @@ def serve(cfg: Serve) -> None:
                 f"there is none. set one first: export {KEY_VARIABLE}=$(openssl rand -hex 16)"
             )
         loaded = load_for_command(cfg)
+        if (remark := loaded.template_note()) is not None:
+            note(remark)
         service = build_service(cfg, loaded, key)
         engine = service.engine
         app = build_app(service)
