@@ -1,11 +1,12 @@
 """What a step does to the weights does not depend on how the batch is cut; bad steps do nothing."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gristmill.config.model import ModelConfig
+from gristmill.config.model import MixtureOfExperts, ModelConfig
 from gristmill.config.sections import AdamW, TrainArgs
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
@@ -123,6 +124,47 @@ def test_mixed_precision_stays_near_fp32_and_keeps_fp32_weights():
     exact = train_step(*build(), batch_of(), job(4))
     assert mixed.loss == pytest.approx(exact.loss, rel=0.01)
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_biases_make_the_load_of_experts_even():
+    experts = MixtureOfExperts(
+        num_experts=8, intermediate_size=16, score="sigmoid", selection_bias=True
+    )
+    batch = batch_of(8)
+    worst = {}
+    for speed in (0.0, 0.02):
+        model = Decoder(replace(CONFIG, moe=experts))
+        init_weights(model, 0)
+        with torch.no_grad():
+            for block in model.layers:
+                block.mlp.router.weight.mul_(10)
+                block.mlp.selection_bias[:2] = 0.5  # favourites of nearly all tokens
+        optimizer = build_optimizer(model, AdamW(lr=1e-6), CPU)
+        settings = job(3)
+        settings.bias_update_speed = speed
+        for _ in range(60):
+            train_step(model, optimizer, batch, settings)
+        settings.micro_batch_size = 8
+        train_step(model, optimizer, batch, settings)
+        assert model.visits.sum() == 2 * 2 * batch.num_targets
+        share = model.visits / model.visits.float().mean(-1, keepdim=True)
+        worst[speed] = share.max().item() - 1  # MaxVio of arXiv:2408.15664
+    assert worst[0.0] > 1.0
+    assert worst[0.02] < 0.4
+
+
+def test_a_step_that_is_left_out_moves_no_bias():
+    experts = MixtureOfExperts(num_experts=4, intermediate_size=16, selection_bias=True)
+    model = Decoder(replace(CONFIG, moe=experts))
+    init_weights(model, 0)
+    optimizer = build_optimizer(model, AdamW(lr=0.01), CPU)
+    settings = job(4)
+    settings.bias_update_speed = 0.1
+    stats = train_step(model, optimizer, batch_of(), settings, most_loss=0.0)
+    assert stats.spike
+    assert not any(block.mlp.selection_bias.any() for block in model.layers)
+    train_step(model, optimizer, batch_of(), settings)
+    assert all(block.mlp.selection_bias.any() for block in model.layers)
 
 
 def test_randomness_is_a_function_of_seed_and_step():
