@@ -284,7 +284,7 @@ def test_a_folder_that_a_node_does_not_see_is_named(tmp_path):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"gristmill\[ray\]") as caught:
+    with pytest.raises(UserError, match=r"\[ray\]") as caught:
         cluster.run(TASK, [0], RayCluster(), lambda *_: None)
     assert caught.value.fix == {"--executor": "local"}
 
