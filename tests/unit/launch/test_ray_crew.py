@@ -68,7 +68,7 @@ def test_settings_that_cannot_work_are_refused(settings, says):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r"--launcher ray needs Ray.*gristmill\[ray\]") as caught:
+    with pytest.raises(UserError, match=r"--launcher ray needs Ray.*\[ray\]") as caught:
         train(Pretrain(launcher="ray"))
     assert caught.value.fix == {"--launcher": "local"}
 
