@@ -121,7 +121,7 @@ def _prepared(data: LitData) -> Datasets:
         if data.val_data_path is not None:
             side, held = _sides(data.val_data_path)
             val = held or side
-        if val == train and Storage(data.data_path).exists("index.json"):
+        if val == train:
             raise UserError(
                 f"{val} is the training data, too: nothing would be held out. name another "
                 "--data.val_data_path, or leave it out."
@@ -398,7 +398,7 @@ def _state(recipe: Recipe, root: Storage, inputs: Sequence[Input]) -> str:
     """
     where = str(root.path.resolve()) if root.is_local else root.root
     versions = [VERSION, manifest.VERSION]
-    listed: list[object] = [versions, dataclasses.asdict(recipe), where]
+    listed: list[object] = [versions, recipe.to_json(), where]
     for item in inputs:
         changed = (root.path / item.place).stat().st_ctime_ns if root.is_local else 0
         listed.append((item.path, item.size, item.version, changed))

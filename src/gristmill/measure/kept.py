@@ -7,7 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ class Kept:
     """Answers by what was asked, a line each, appended to a file.
 
     `about` is what all of them depend on, the model above all. Several evaluations may append at
-    once, and what is no whole line is passed over. `forever` false deletes the file at the end of a
-    `with` block that nothing stopped. Without a path nothing outlives the process.
+    once, and what is no whole line is passed over. `forever` false takes what was asked for out of
+    the file at the end of a `with` block that nothing stopped; what another evaluation left there
+    when it was stopped stays. Without a path nothing outlives the process.
     """
 
     def __init__(self, path: Path | None, about: object = None, *, forever: bool = False) -> None:
         self.path, self.forever = path, forever
         self._about = _digest(about)
         self._answers: dict[str, list[Any]] = {}
+        self._asked: set[str] = set()
         self._file: int | None = None
         if path is not None and path.is_file():
             for line in path.read_bytes().splitlines():
@@ -39,6 +41,7 @@ class Kept:
 
     def find(self, keys: Sequence[str]) -> list[list[Any] | None]:
         """What is kept for each key, if anything; how many they are is said."""
+        self._asked.update(keys)
         found = [self._answers.get(key) for key in keys]
         if count := sum(answer is not None for answer in found):
             note(f"{count:,} of {len(keys):,} answers are there already ({self.path})")
@@ -50,6 +53,7 @@ class Kept:
         if not new or self.path is None:
             return
         self._answers |= new
+        self._asked.update(new)
         lines = "".join(json.dumps([key, *answer]) + "\n" for key, answer in new.items())
         try:
             if self._file is None:
@@ -74,10 +78,24 @@ class Kept:
             with contextlib.suppress(OSError):  # another evaluation writes to it
                 self._file = self._file or _opened(self.path)
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                self.path.unlink()
+                _keep_only(self.path, self._answers.keys() - self._asked)
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _keep_only(path: Path, keys: Collection[str]) -> None:
+    """Drop the lines of all other keys, and the file with the last."""
+    if not keys:
+        path.unlink()
+        return
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    with path.open("rb") as lines, temporary.open("wb") as rest:
+        for line in lines:
+            with contextlib.suppress(ValueError, TypeError, IndexError):
+                if json.loads(line)[0] in keys:
+                    rest.write(line)
+    os.replace(temporary, path)
 
 
 def _opened(path: Path) -> int:

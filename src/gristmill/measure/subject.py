@@ -121,7 +121,9 @@ class Subject:
         """What a text is kept by: the seed counts where it is drawn."""
         sampling = self.writer.sampling(prompt.settings)
         seed = prompt.seed if sampling.temperature else None
-        return self._kept.key(prompt.text, self.tokenizer.digest, replace(sampling, seed=seed or 0))
+        ids = tuple(self._encoder.encode(prompt.text))
+        ends = sorted(self.tokenizer.stop_ids)
+        return self._kept.key(prompt.text, ids, ends, replace(sampling, seed=seed or 0))
 
     def rendered(self, messages: Sequence[Mapping[str, str]], *, for_reply: bool) -> str:
         """A conversation by the model's chat template, up to where the reply begins.

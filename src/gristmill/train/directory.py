@@ -31,7 +31,7 @@ from gristmill.config.commands import Training
 from gristmill.config.parse import to_dict
 from gristmill.train.length import Length
 from gristmill.util.errors import UserError
-from gristmill.util.secrets import redact
+from gristmill.util.secrets import redacted
 
 RUN_FILE = "run.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -276,7 +276,7 @@ def write(
     """Record the run, atomically."""
     content = {
         "gristmill": __version__,
-        "settings": yaml.safe_load(redact(yaml.safe_dump(to_dict(cfg), sort_keys=False))),
+        "settings": redacted(to_dict(cfg)),
         "length": dataclasses.asdict(length),
         "micro_batch_size": micro_batch_size,
         "identity": wanted,

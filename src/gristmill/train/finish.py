@@ -7,15 +7,16 @@ import signal
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from torch import Tensor, nn
 
 from gristmill import __version__
 from gristmill.checkpoint.store import RECORD_NAME, step_path
-from gristmill.config.parse import to_yaml
+from gristmill.config.parse import to_dict
 from gristmill.formats.safetensors_io import open_tensors, weight_files
 from gristmill.train.run import Run
 from gristmill.util.errors import Interrupted, RunError
-from gristmill.util.secrets import redact
+from gristmill.util.secrets import redacted
 
 FINAL = "final"
 TRAINING_FILE = "training.json"
@@ -87,7 +88,7 @@ def _write_final(run: Run, model: nn.Module, saved: Path) -> None:
     else:
         weights = open_tensors(weight_files(saved / "weights"))
     files = {
-        "hyperparameters.yaml": redact(to_yaml(run.job.cfg)),
+        "hyperparameters.yaml": yaml.safe_dump(redacted(to_dict(run.job.cfg)), sort_keys=False),
         TRAINING_FILE: json.dumps(
             {"gristmill": __version__, "step": run.state.step, "tokens": run.state.tokens}
         ),

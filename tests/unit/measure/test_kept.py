@@ -146,6 +146,18 @@ def test_answers_survive_a_torn_line_and_a_full_disk(tmp_path, monkeypatch, caps
     assert capsys.readouterr().err.count("No space left on device") == 1
 
 
+def test_what_another_stopped_evaluation_left_stays(tmp_path):
+    path = tmp_path / "answers"
+    stopped = Kept(path, "m")
+    stopped.put([(stopped.key("long"), ["half of it"])])
+    stopped.__exit__(KeyboardInterrupt)
+    with Kept(path, "m") as other:
+        other.put([(other.key("short"), ["all"])])
+    with Kept(path, "m") as again:
+        assert again.find([again.key("long"), again.key("short")]) == [["half of it"], None]
+    assert not path.exists()
+
+
 def test_another_evaluation_keeps_its_file(tmp_path):
     first, second = (Kept(tmp_path / "answers", "m") for _ in range(2))
     with first, second:

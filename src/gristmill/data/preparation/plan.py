@@ -96,6 +96,13 @@ class Recipe:
     """Only about 1 MB of text, from inputs spread over all."""
     seed: int
 
+    def to_json(self) -> dict[str, Any]:
+        """The options as plain values; a digest only of a function that there is."""
+        options = dataclasses.asdict(self)
+        if self.map_digest is None:
+            del options["map_digest"]
+        return options
+
     def __post_init__(self) -> None:
         """Refuse what cannot be prepared."""
         if not 0 <= self.val_fraction < 1:
@@ -209,7 +216,7 @@ class Plan:
     def _shape(self) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "recipe": dataclasses.asdict(self.recipe),
+            "recipe": self.recipe.to_json(),
             "units": self.units.starts.tolist(),
             "spans": self.units.spans.T.tolist(),
             "split": dataclasses.asdict(self.split),
