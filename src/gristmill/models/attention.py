@@ -180,6 +180,9 @@ def _attend_capped(
 WRITTEN_OUT_LENGTH, WRITTEN_OUT_KEYS = 2048, 256
 """Longest sequence whose backward pass is written out, and how many keys it takes at a time."""
 
+OFFSET_WIDTH = 32
+"""Columns that an offset takes inside a product."""
+
 
 def _backward_is_better_written_out(q: Tensor) -> bool:
     """Whether products and a compiled softmax beat the backward kernel of SDPA.
@@ -231,6 +234,7 @@ class _CausalAttention(torch.autograd.Function):
         length, scale, shape = q.shape[2], ctx.scale, (k.shape[1], -1)
         q, out, grad, log_sums = (x.unflatten(1, shape) for x in (q, out, grad, log_sums))
         k, v, log_sums = k.unsqueeze(2), v.unsqueeze(2), log_sums.unsqueeze(-1)
+        queries_in, keys_in, missing = _with_offset(q, k, log_sums / -scale)
         shared = (grad.float() * out.float()).sum(-1, keepdim=True)
         position = torch.arange(length, dtype=torch.float32, device=q.device)
         parts_q, grad_k, grad_v = [], [], []
@@ -242,8 +246,9 @@ class _CausalAttention(torch.autograd.Function):
                 hidden = position[start:end] > position[start:].unsqueeze(1)
             else:
                 hidden = ~mask[:, None, :, start:, start:end]
-            scores = (queries @ keys.transpose(-1, -2)).float() * scale
-            weights = torch.where(hidden, -torch.inf, scores - log_sums[..., start:, :]).exp()
+            scores = queries_in[..., start:, :] @ keys_in[..., start:end, :].transpose(-1, -2)
+            scores = (scores.float() + missing[..., start:, :]) * scale
+            weights = torch.where(hidden, -torch.inf, scores).exp()
             slope = (upper @ values.transpose(-1, -2)).float() - shared[..., start:, :]
             slope = (weights * slope * scale).to(q.dtype)
             parts_q.append(slope @ keys)
@@ -251,6 +256,21 @@ class _CausalAttention(torch.autograd.Function):
             grad_v.append((weights.to(q.dtype).transpose(-1, -2) @ upper).sum(2))
         grad_q = _sum_parts(parts_q).flatten(1, 2)
         return grad_q, torch.cat(grad_k, -2), torch.cat(grad_v, -2), None, None
+
+
+def _with_offset(q: Tensor, k: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys whose products are q k^T plus an offset [.., T, 1], and its remainder.
+
+    Products are rounded to the type of their factors. If an offset of -50 were added afterwards,
+    what should be a weight of 1 would come out of bf16 as anything from 0.9 to 1.1; with it inside,
+    what matters is near 0 when it is rounded. It goes in as a column in that type, among as many
+    of zeros as make the width one that products are fast with.
+    """
+    column = offset.to(q.dtype)
+    zeros = q.new_zeros(()).expand(*q.shape[:-1], OFFSET_WIDTH - 1)
+    keys = F.pad(k, (0, OFFSET_WIDTH))
+    keys[..., k.shape[-1]] = 1
+    return torch.cat([q, column, zeros], -1), keys, offset - column.to(offset.dtype)
 
 
 def _sum_parts(parts: list[Tensor]) -> Tensor:

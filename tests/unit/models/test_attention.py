@@ -53,5 +53,18 @@ def test_the_written_out_backward_pass_is_that_of_the_kernel(heads, kv_heads, le
     grouped = heads != kv_heads
     F.scaled_dot_product_attention(*kernel, is_causal=True, enable_gqa=grouped).backward(grad)
     for mine, theirs in zip(written, kernel, strict=True):
-        # The scores are kept in fp32, whatever the inputs are.
+        # Weights are made in fp32, whatever the inputs are.
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_the_written_out_backward_pass_is_right_for_large_scores_in_bf16(size):
+    torch.manual_seed(0)
+    q, k, v, grad = torch.randn(4, 1, 4, 300, 64)
+    inputs = [(x * factor).bfloat16() for x, factor in ((q, size), (k, size), (v, 1))]
+    written = [x.clone().requires_grad_() for x in inputs]
+    exact = [x.double().requires_grad_() for x in inputs]
+    _CausalAttention.apply(*written, None, 64**-0.5).backward(grad.bfloat16())
+    F.scaled_dot_product_attention(*exact, is_causal=True).backward(grad.bfloat16().double())
+    for mine, theirs in zip(written, exact, strict=True):
+        assert float((mine.grad - theirs.grad).norm() / theirs.grad.norm()) < 0.02
