@@ -27,6 +27,7 @@ from gristmill.models import counts
 from gristmill.models.check import check_config
 from gristmill.models.device import choose_device, resolve_precision
 from gristmill.tokenizer.chat import encode_chat
+from gristmill.tokenizer.prompt_styles import kind_of
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train import directory
 from gristmill.train.job import Job, check_disk, check_seq_len, learning_rates, micro_batch
@@ -148,7 +149,8 @@ def _text(cfg: Finetune, data: Records, model: ModelConfig) -> _Text:
     parts = []
     for talks in (found.train, found.val):
         told: list[Conversation] = talks
-        if style == OWN:
+        # LitGPT's styles, which a checkpoint may bring along, have a place for inputs.
+        if style == OWN and kind_of(template, tokenizer.bos_token) is None:
             told = [with_inputs_inline(talk) for talk in talks]
         examples = encode(told, tokenizer, mask_prompt=data.mask_prompt)
         check_ids(examples, model.vocab_size, tokenizer)

@@ -370,8 +370,10 @@ def emit(text: str) -> None:
     shown = visible(text) if sys.stdout.isatty() else text
     try:
         sys.stdout.write(shown)
-    except UnicodeEncodeError as error:
-        sys.stdout.write(shown.encode(error.encoding, "replace").decode(error.encoding))
+    except UnicodeEncodeError:
+        # Not the error's own encoding: that is "charmap" for every table of 256 characters.
+        encoding = sys.stdout.encoding
+        sys.stdout.write(shown.encode(encoding, "replace").decode(encoding))
     sys.stdout.flush()
 
 

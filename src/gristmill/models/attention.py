@@ -104,9 +104,10 @@ def _turned_and_kept(
     cache: LayerCache | LayerRows | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, T, heads, D] as [B, heads, T, D], turned, and k and v with those of the cache."""
-    if isinstance(cache, LayerCache) and tables and can_keep(q, k, v, tables, cache.tensors):
-        end = cache.start + q.shape[1]
-        return keep(q, k, v, tables, cache.tensors, cache.start), *cache.first(end)
+    if isinstance(cache, LayerCache) and tables:
+        place = (cache.tensors, cache.start)
+        if can_keep(q, k, v, tables, *place):
+            return keep(q, k, v, tables, *place), *cache.first(cache.start + q.shape[1])
     if tables is not None:
         q, k = apply_rope(q, *tables), apply_rope(k, *tables)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

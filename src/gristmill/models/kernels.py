@@ -233,13 +233,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def can_keep(
-    q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], cache: Sequence[Tensor]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: tuple[Tensor, Tensor],
+    cache: Sequence[Tensor],
+    start: int,
 ) -> bool:
-    """Whether `keep` is for these."""
+    """Whether `keep` is for these, and the cache has room for them."""
     # Angles that all rows share. What is compiled would copy the whole cache around the kernel.
     return (
         tables[0].dim() == 3
         and not torch.compiler.is_compiling()
+        and len(q) == len(cache[0])
+        and start + q.shape[1] <= cache[0].shape[2]
         and _is_for_kernels(q, k, v, *cache)
     )
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 from gristmill.config.finetune import FinetuneFull, TuneArgs
 from gristmill.config.tuning_data import JSON
+from gristmill.finetune import settle as settling
 from gristmill.finetune.settle import settle
 from gristmill.util.errors import UserError
 
@@ -46,6 +48,22 @@ def test_longer_rows_are_proposed_where_the_model_has_them(settled):
         with pytest.raises(UserError, match="context is no longer: shorten the prompts") as error:
             settled(2 * CONTEXT, **more)
         assert not error.value.fix
+
+
+def test_a_style_beside_the_checkpoint_keeps_inputs_in_their_place(base, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "model")
+    (model / "prompt_style.yaml").write_text("class_path: litgpt.prompts.Alpaca\n")
+    record = {"instruction": "add", "input": "1 2", "output": "3"}
+    (tmp_path / "records.json").write_text(json.dumps([record] * 20))
+    monkeypatch.setattr(settling, "encode", lambda talks, *_, **__: pytest.fail(str(talks[0])))
+    cfg = FinetuneFull(
+        checkpoint_dir=str(model),
+        data=JSON(json_path=str(tmp_path / "records.json")),
+        out_dir=str(tmp_path / "run"),
+        device="cpu",
+    )
+    with pytest.raises(pytest.fail.Exception, match=r"'input': '1 2'"):
+        settle(cfg)
 
 
 def test_a_run_is_known_by_what_a_person_can_compare(settled):

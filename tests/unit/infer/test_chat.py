@@ -336,8 +336,15 @@ def test_input_that_is_no_text_is_told(base_model, tmp_path, monkeypatch, capsys
         chat(Chat())
 
 
-def test_an_output_without_the_characters(monkeypatch):
+@pytest.mark.parametrize(
+    ("encoding", "text", "expected"),
+    [
+        ("latin-1", "caf\u00e9 \u4e2d", b"caf\xe9 ?"),
+        ("koi8-r", "\u0434\u0430 \u00e9", b"\xc4\xc1 ?"),
+    ],
+)
+def test_an_output_without_the_characters(monkeypatch, encoding, text, expected):
     written = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
-    emit("caf\u00e9 \u4e2d")
-    assert written.getvalue() == b"caf\xe9 ?"
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
+    emit(text)
+    assert written.getvalue() == expected

@@ -12,6 +12,7 @@ from tests.unit.models.test_decoding import PROMPT, tiny
 from gristmill.config.model import AdaptionPrompt, ModelConfig
 from gristmill.models import kernels
 from gristmill.models.batching import Batch
+from gristmill.models.cache import KVCache
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context
 from gristmill.models.init import init_weights
@@ -92,6 +93,15 @@ def test_a_model_uses_it_and_says_the_same(kernel):
     assert len(calls) == 2 * 3 + 1  # o, up and down of each block, and the head
     expected = tiny("parallel", scale=1.0)(torch.tensor([PROMPT]))
     torch.testing.assert_close(got.float(), expected, atol=0.02, rtol=0.1)
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 9), (2, 4)])
+@torch.inference_mode()
+def test_more_than_a_cache_has_room_for_is_refused(kernel, rows, tokens):
+    fast = fast_and_exact("grouped")[0]
+    cache = KVCache(fast.config, 1, 8, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="must match|expanded"):
+        fast(torch.ones(rows, tokens, dtype=torch.int64), cache=cache)
 
 
 def test_models_in_fp32_are_left_alone():

@@ -231,18 +231,24 @@ class Reader:
             "goes_on": not is_chat,
             "stop_ids": stop_ids,
         }
+        most = None
+        if num_logprobs is not None and length is None:
+            most = max(1, MAX_LOGPROBS // ((1 + num_logprobs) * count * len(prompts)))
         asks = [
             # Seeds wrap around where numbers do.
             Ask(ids=ids, max_new_tokens=room, seed=(seed + i) % 2**63, **how)
-            for ids, room in ((ids, self._room(ids, length, is_chat)) for ids, _ in prompts)
+            for ids, room in ((ids, self._room(ids, length, is_chat, most)) for ids, _ in prompts)
             for i in range(count)
         ]
         if num_logprobs is not None:
             _check_logprobs(sum(ask.max_new_tokens for ask in asks), num_logprobs)
         return asks
 
-    def _room(self, ids: list[int], length: int | None, is_chat: bool) -> int:
-        """How long a reply may be; raises Refused when prompt and reply do not fit."""
+    def _room(self, ids: list[int], length: int | None, is_chat: bool, most: int | None) -> int:
+        """How long a reply may be, at `most` where no length was asked for.
+
+        Raises Refused when prompt and reply do not fit.
+        """
         limit = self.limits.max_length
         room = limit - len(ids)
         if room < 1 or (length is not None and length > room):
@@ -255,6 +261,7 @@ class Reader:
             )
         if length is None:
             length = self.defaults.max_new_tokens or (room if is_chat else COMPLETION_TOKENS)
+            length = min(length, most or length)
         return min(length, room)
 
     @staticmethod

@@ -140,6 +140,7 @@ struct Attention {
         from = scratch.last.data();
       }
       _tile_zero(0);
+      stored();
       for (int64_t d = 0; d < D; d += 32) {
         _tile_loadd(1, &scratch.pairs[d / 2 * M], M * 4);
         _tile_loadd(2, from + d, D * 2);
@@ -191,6 +192,7 @@ struct Attention {
       const int64_t there = std::min<int64_t>(32, text.count - t);
       for (int64_t i = 0; i < width; i += 32)
         pair(text.values + t * D + d + i, there, scratch.tiles + i / 16 * 512);
+      stored();
       _tile_loadd(3, &scratch.weights[t], padded * 2);
       _tile_loadd(2, scratch.tiles, 64);
       _tile_dpbf16ps(4, 3, 2);

@@ -30,6 +30,9 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// What was stored before is in memory: compilers do not know that loads of tiles read it.
+inline void stored() { asm volatile("" ::: "memory"); }
+
 // The tile registers of this thread, each of some rows and columns of four bytes, until the end of
 // a block of code.
 struct Tiles {
@@ -40,7 +43,8 @@ struct Tiles {
       config.rows[tile] = rows;
       config.column_bytes[tile++] = columns * 4;
     }
-    _tile_loadconfig(&config);
+    // Not _tile_loadconfig, which tells some compilers of the first eight bytes alone.
+    asm volatile("ldtilecfg %0" ::"m"(config));
   }
   ~Tiles() { _tile_release(); }
 
@@ -101,6 +105,7 @@ static inline void prefetch(const void* next, int64_t row_bytes, int64_t at) {
 static void multiply(const Rows& x, const bf16* w, const void* next, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
+  stored();
   for (int64_t k = 0; k < x.K; k += 32) {
     prefetch(next, x.K * 2, k * 2);
     _tile_loadd(2, &x.pairs[k / 2 * x.M], x.M * 4);
@@ -153,6 +158,7 @@ static void multiply(const Rows& x, const int8_t* w, const void* next, float* su
     prefetch(next, x.K, k);
     if (k + 64 < x.K) rooms[(k / 64 + 1) % 2].fill(w, x.K, k + 64);
     const uint32_t* pairs = &x.pairs[k / 2 * x.M];
+    stored();
     _tile_loadd(2, pairs, 2 * x.M * 4);
     _tile_loadd(3, room.first, 64);
     _tile_loadd(4, room.first + 16 * 32, 64);
