@@ -183,8 +183,9 @@ def pages_of_commands() -> dict[str, tuple[Command, list[str]]]:
     for name, command in COMMANDS.items():
         found.setdefault((command.config, command.run), []).append(name)
     for other, name in SPELLINGS.items():
-        command = COMMANDS[name]
-        found[(command.config, command.run)].append(other)
+        if name in COMMANDS:  # some are refused by name
+            command = COMMANDS[name]
+            found[(command.config, command.run)].append(other)
     return {names[0].replace(" ", "-"): (COMMANDS[names[0]], names) for names in found.values()}
 
 

@@ -110,7 +110,9 @@ def test_what_a_text_config_leaves_out_is_the_architectures_own():
         },
     }
     found, named = zoo.family_of(raw).from_hf_config(raw), zoo.get("Gemma-3-4b-it")
-    assert {**vars(found), "name": "", "bos_token_id": 2} == {**vars(named), "name": ""}
+    own = {"name": "", "bos_token_id": 2, "eos_token_id": None}
+    assert vars(found) | own == vars(named) | own
+    assert found.eos_token_id == (1, 106)
 
 
 def test_attention_to_the_future_is_refused():

@@ -112,7 +112,8 @@ class Family:
         extra = raw.get("gristmill") or {}
         inner = raw if self.unwrap is None else self.unwrap(raw)
         keys = ("bos_token_id", "eos_token_id")
-        bos, eos = (inner.get(key, raw.get(key)) for key in keys)
+        # Beside a part of a model stand the ids of the whole, which may be more than its defaults.
+        bos, eos = (raw[key] if raw.get(key) is not None else inner.get(key) for key in keys)
         if quantized := raw.get("quantization_config") or inner.get("quantization_config"):
             raise UserError(
                 "The weights are quantised (quantization_config, "

@@ -203,6 +203,7 @@ def _scaling_words(config: ModelConfig) -> Json | None:
         if scaling.factor != config.max_seq_length / original:
             # 4 takes the ratio of the contexts all the same: what comes of it is said too.
             out |= {"factor": scaling.factor, "attention_factor": scaling.table_factor}
+            out["original_max_position_embeddings"] = original
     else:
         out = {"rope_type": kind, "factor": scaling.factor}
     if kind in ("yarn", "llama3"):
