@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -372,20 +371,8 @@ def _text_size(root: Storage, item: Input) -> int:
             f"cannot read {root.at(item.place)} ({error.strerror or error}). "
             "make it readable, or narrow the pattern."
         ) from error
-    text = _unpacked(data, gzipped=item.place.lower().endswith(".gz"))
+    text = sources.unpacked_bytes(data, gzipped=item.place.lower().endswith(".gz"))
     return item.size * text // max(1, len(data)) if text else weight(item)
-
-
-def _unpacked(data: bytes, *, gzipped: bool) -> int:
-    """Bytes that the beginning of a file unpacks to; 0 where it is damaged (its unit says so)."""
-    import zstandard
-
-    try:
-        if gzipped:
-            return len(zlib.decompressobj(wbits=31).decompress(data))
-        return len(zstandard.ZstdDecompressor().decompressobj().decompress(data))
-    except (zlib.error, zstandard.ZstdError):
-        return 0
 
 
 def documents(recipe: Recipe, root: Storage, number: int, item: Input) -> Iterator[Document]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 
@@ -174,3 +175,15 @@ def nothing_read(path: str | Path | Storage, num_inputs: int, rejects: Sequence[
     elif first.reason in ("bad JSON", "not an object"):
         advice = "choose the layout that fits (gristmill prepare list), or narrow the --pattern."
     return f"nothing in {place} could be read ({first.path}: {first.reason}{detail}). {advice}"
+
+
+def unpacked_bytes(data: bytes, *, gzipped: bool) -> int:
+    """Bytes that the beginning of a file unpacks to; 0 where it is damaged (its unit says so)."""
+    import zstandard
+
+    try:
+        if gzipped:
+            return len(zlib.decompressobj(wbits=31).decompress(data))
+        return len(zstandard.ZstdDecompressor().decompressobj().decompress(data))
+    except (zlib.error, zstandard.ZstdError):
+        return 0
