@@ -173,7 +173,6 @@ def test_recomputation_changes_nothing(ranks, mesh, recompute):
         *itertools.product(
             ("shard 2", "tensor 2, shard 2", "context 2, tensor 2"), ("none", "selective")
         ),
-        ("tensor 2, shard 2", "full"),
         ("shard 2", 0.5),
     ],
 )
