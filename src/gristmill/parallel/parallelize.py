@@ -33,7 +33,11 @@ def parallelize(
     share_products(model, mesh)
     share_positions(model, mesh)
     apply_recompute(model, recompute)
-    how = _compile(model, mesh, device, compile)
+    if recompute == "full" and mesh.sizes["tensor"] > 1 and compile != "off":
+        # torch 2.13 may fail to hold a device mesh for such a backward pass.
+        how = "eager (full recomputation beside tensor parallelism is not compiled)"
+    else:
+        how = _compile(model, mesh, device, compile)
     if isinstance(recompute, float) and how.startswith("eager"):
         raise UserError(
             f"--recompute {recompute:g} needs compiled blocks, and this run is {how}. "
