@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+IN_PROCESS = Path(__file__).resolve().parent / "in_process"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,30 @@ def run_child(command: Sequence[str], log: Path, env: Mapping[str, str] | None =
         raise RuntimeError(f"{' '.join(command)}\nended with {process.returncode}:\n{tail}")
     scale = 1 if platform.system() == "Darwin" else 1024
     return Child(time.perf_counter() - started, usage.ru_maxrss * scale)
+
+
+def run_stamped(
+    command: Sequence[str], log: Path, threads: int, compiled: Path
+) -> tuple[Child, list[tuple[float, ...]]]:
+    """Run a training command whose hook (`in_process/`) writes a line of numbers at each stamp.
+
+    `compiled` is where its compiler keeps what it makes.
+    """
+    place = log.with_suffix(".stamps")
+    place.unlink(missing_ok=True)
+    env = {
+        "STAMPS": str(place),
+        "PYTHONPATH": os.pathsep.join([str(IN_PROCESS), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(threads),
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled),
+    }
+    child = run_child(command, log, env)
+    return child, [tuple(map(float, line.split())) for line in place.read_text().splitlines()]
+
+
+def gristmill(*words: str) -> list[str]:
+    """The command line of one of our commands, in this interpreter."""
+    return [sys.executable, "-m", "gristmill", *words]
 
 
 def high_water(pid: int) -> int:

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _common import Child, environment, print_table, run_child
+from _common import Child, environment, gristmill, print_table, run_child
 from safetensors.torch import save_file
 
 from gristmill.checkpoint.store import write_record
@@ -57,9 +57,7 @@ def largest(folder: Path) -> int:
 
 def export(source: Path, out: Path, log: Path, *options: str) -> Child:
     """Run `gristmill export` in a process of its own."""
-    return run_child(
-        [sys.executable, "-m", "gristmill", "export", str(source), str(out), *options], log
-    )
+    return run_child(gristmill("export", str(source), str(out), *options), log)
 
 
 def main() -> None:

@@ -25,14 +25,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import environment, print_table, run_child, spread, versions
+from _common import (
+    environment,
+    gristmill,
+    print_table,
+    run_child,
+    run_stamped,
+    spread,
+    versions,
+)
 
 from gristmill.formats import hf
 from gristmill.models import zoo
 from gristmill.models.counts import parameter_shapes
 from gristmill.models.init import initial_value
 
-IN_PROCESS = Path(__file__).resolve().parent / "in_process"
 BATCH = 16
 LONGEST_TEXT = 1200
 """Characters of a generated record's parts at most."""
@@ -124,7 +131,8 @@ def write_models(work: Path, name: str) -> None:
         return
     words = ["--input_dir", sysconfig.get_paths()["stdlib"], "--out_dir", str(work / "tokenizer")]
     words += ["--layout", "textfiles", "--pattern", "*.py", "--vocab_size", "50000"]
-    gristmill("tokenizer", "train", *words, "--max_bytes", "10_000_000", log=work / "tokens.txt")
+    words += ["--max_bytes", "10_000_000"]
+    run_child(gristmill("tokenizer", "train", *words), work / "tokens.txt")
     config = zoo.get(name)
     weights = {
         name: initial_value(config, name, shape, 0)
@@ -132,12 +140,7 @@ def write_models(work: Path, name: str) -> None:
     }
     hf.write(work / "hf", config, weights, tokenizer_dir=work / "tokenizer")
     place = [str(work / "hf"), str(work / "litgpt"), "--format", "litgpt"]
-    gristmill("export", *place, log=work / "export.txt")
-
-
-def gristmill(*words: str, log: Path) -> None:
-    """One of our commands, to its end."""
-    run_child([sys.executable, "-m", "gristmill", *words], log)
+    run_child(gristmill("export", *place), work / "export.txt")
 
 
 def run_ours(work: Path, records: Path, args: argparse.Namespace, number: int) -> Result:
@@ -146,7 +149,7 @@ def run_ours(work: Path, records: Path, args: argparse.Namespace, number: int) -
     words = ["finetune_lora", str(work / "hf"), "--data", "JSON"]
     words += [*common_options(records, out, args), "--train.max_norm", "null"]
     words += ["--hook", "stamp_tokens:stamp", *args.ours]
-    return measured([sys.executable, "-m", "gristmill", *words], work, out, args.threads)
+    return measured(gristmill(*words), work, out, args.threads)
 
 
 def run_litgpt(
@@ -182,17 +185,9 @@ def common_options(records: Path, out: Path, args: argparse.Namespace) -> list[s
 
 def measured(command: list[str], work: Path, out: Path, threads: int) -> Result:
     """Run a command and read its stamps; its output directory goes afterwards."""
-    place = work / "logs" / f"{out.name}.stamps"
-    place.unlink(missing_ok=True)
-    env = {
-        "STAMPS": str(place),
-        "PYTHONPATH": os.pathsep.join([str(IN_PROCESS), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": str(threads),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-    }
-    child = run_child(command, work / "logs" / f"{out.name}.txt", env)
+    log = work / "logs" / f"{out.name}.txt"
+    child, stamps = run_stamped(command, log, threads, work / "inductor")
     shutil.rmtree(out, ignore_errors=True)
-    stamps = [tuple(map(float, line.split())) for line in place.read_text().splitlines()]
     last_s, total = stamps[-1]
     first_s, before = next(stamp for stamp in stamps if stamp[1] >= total / 3)
     return Result((total - before) / (last_s - first_s), child.seconds, child.peak_bytes)

@@ -36,12 +36,20 @@ from pathlib import Path
 import orjson
 import psutil
 import zstandard
-from _common import environment, high_water, print_table, run_child, spread, versions
+from _common import (
+    IN_PROCESS,
+    environment,
+    gristmill,
+    high_water,
+    print_table,
+    run_child,
+    spread,
+    versions,
+)
 
 from gristmill.data.store.manifest import read
 from gristmill.tokenizer.engines import single_thread_env
 
-IN_PROCESS = Path(__file__).resolve().parent / "in_process"
 SHARD_BYTES = 25_000_000
 FILE_BYTES = 1_000_000
 
@@ -171,7 +179,7 @@ def gristmill(args: argparse.Namespace, work: Path, layout: str, folder: Path, n
     """The command, from its start to its end."""
     out = work / f"out-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    words = [sys.executable, "-m", "gristmill", "prepare", layout, "--input_dir", str(folder)]
+    words = gristmill("prepare", layout, "--input_dir", str(folder))
     words += ["--output_dir", str(out), "--tokenizer_dir", args.tokenizer_dir]
     words += ["--num_workers", str(args.workers), "--engine", "fastokens"]
     began = time.perf_counter()

@@ -22,9 +22,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from _common import environment, high_water, print_table, run_child, spread, versions
+from _common import (
+    IN_PROCESS,
+    environment,
+    gristmill,
+    high_water,
+    print_table,
+    run_child,
+    spread,
+    versions,
+)
 
-IN_PROCESS = Path(__file__).resolve().parent / "in_process"
 TOKENS = 10**13
 CHUNK_TOKENS = 2**24
 SEQ_LEN, BATCH = 2048, 8
@@ -130,7 +138,7 @@ def read_in_turns(args: argparse.Namespace, work: Path) -> dict[str, list[float]
     if not dataset.exists():
         words = ["jsonl", "--input_dir", args.text, "--output_dir", str(dataset)]
         words += ["--tokenizer_dir", args.tokenizer_dir]
-        run_child([sys.executable, "-m", "gristmill", "prepare", *words], work / "logs/prepare.txt")
+        run_child(gristmill("prepare", *words), work / "logs/prepare.txt")
     found: dict[str, list[float]] = {"ours": []}
     for _ in range(args.rounds):
         found["ours"].append(read_ours(dataset, args.batches))
@@ -171,7 +179,7 @@ def data_wait(work: Path, dataset: Path) -> list[float]:
     words = ["pretrain", "pythia-14m", "--data", "LitData", "--data.data_path", str(dataset)]
     words += ["--train.max_seq_length", "512", "--train.global_batch_size", "4"]
     words += ["--train.max_steps", "40", "--out_dir", str(out)]
-    run_child([sys.executable, "-m", "gristmill", *words], work / "logs/pretrain.txt")
+    run_child(gristmill(*words), work / "logs/pretrain.txt")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "data_wait_s" in row]
     return [row["data_wait_s"] / row["step_time_s"] for row in rows[10:]]

@@ -27,14 +27,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from _common import Child, environment, print_table, run_child, spread, versions
+from _common import (
+    IN_PROCESS,
+    Child,
+    environment,
+    gristmill,
+    print_table,
+    run_child,
+    run_stamped,
+    spread,
+    versions,
+)
 
 from gristmill.data.reading.stream import TokenStream
 from gristmill.data.store.dataset import Dataset
 from gristmill.models import counts, zoo
 
 SEED = 42
-IN_PROCESS = Path(__file__).resolve().parent / "in_process"
 PROBE_FLOPS = 2 * 2048**3
 
 
@@ -133,11 +142,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def gristmill(*words: str) -> list[str]:
-    """The command line of one of our commands, in this interpreter."""
-    return [sys.executable, "-m", "gristmill", *words]
-
-
 def prepare(work: Path, text: str | None) -> Path:
     """A tokenizer and a dataset of real text; what a --work_dir has already is used."""
     source = Path(text) if text else Path(sysconfig.get_paths()["stdlib"])
@@ -222,17 +226,9 @@ def measured(
     case: Case, command: list[str], work: Path, side: str, threads: int, number: int
 ) -> Result:
     """Run a training command and read its stamps; its output directory goes afterwards."""
-    place = work / "logs" / f"{side}-{number}.stamps"
-    place.unlink(missing_ok=True)
-    env = {
-        "STAMPS": str(place),
-        "PYTHONPATH": os.pathsep.join([str(IN_PROCESS), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": str(threads),
-        "TORCHINDUCTOR_CACHE_DIR": str(work / f"inductor-{side}"),
-    }
-    child = run_child(command, work / "logs" / f"{side}-{number}.txt", env)
+    log = work / "logs" / f"{side}-{number}.txt"
+    child, stamps = run_stamped(command, log, threads, work / f"inductor-{side}")
     shutil.rmtree(work / f"{side}-{number}", ignore_errors=True)
-    stamps = [tuple(map(float, line.split())) for line in place.read_text().splitlines()]
     gaps = [later[0] - earlier[1] for earlier, later in zip(stamps, stamps[1:])]
     counted = gaps[len(gaps) // 3 :]
     speed = case.tokens / statistics.median(counted)

@@ -22,6 +22,7 @@ from gristmill.models.counts import num_parameters
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, Continuation, check_sampling, generate_tokens
 from gristmill.models.device import (
+    autocast_dtype,
     choose_device,
     describe,
     host_memory_bytes,
@@ -61,7 +62,7 @@ class LoadedModel:
 
         `auto` goes on without where that fails, True raises UserError.
         """
-        autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
+        autocast = autocast_dtype(self.precision)
         context = Context(self.model, autocast=autocast)
         if compiled in ("auto", True):
             self._compile(context, must=compiled is True)
@@ -82,7 +83,7 @@ class LoadedModel:
 
     def batch(self, rows: int, max_length: int | None = None) -> Batch:
         """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit)."""
-        autocast = torch.bfloat16 if self.precision == "bf16-mixed" else None
+        autocast = autocast_dtype(self.precision)
         return Batch(self.model, rows, max_length or self.limit, autocast=autocast)
 
     def cached_tokens(self) -> int:
@@ -303,13 +304,25 @@ def load_for_command(cfg: Loading) -> LoadedModel:
             "no model given. name a model directory as the first word: gristmill "
             f"{type(cfg).__name__.lower()} out/quickstart/run"
         )
-    loaded = load(
+    return load_aloud(
         cfg.checkpoint_dir,
         cfg.device,
         cfg.precision,
         tokenizer_dir=cfg.tokenizer_dir,
         quantize=cfg.quantize,
     )
+
+
+def load_aloud(
+    checkpoint_dir: str | Path,
+    device: str,
+    precision: str,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
+) -> LoadedModel:
+    """`load`, with as few threads as the model wants, and what was chosen is said."""
+    loaded = load(checkpoint_dir, device, precision, tokenizer_dir=tokenizer_dir, quantize=quantize)
     use_few_threads(loaded)
     note(loaded.summary())
     return loaded

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gristmill.infer.load import LoadedModel
 from gristmill.measure.rows import Group, Ids, Row, batches, plan
-from gristmill.models.device import autocast
+from gristmill.models.device import autocast, autocast_dtype
 from gristmill.models.forest import Beginning, Forest, forest_hidden
 from gristmill.util.errors import RunError, UserError
 
@@ -68,7 +68,7 @@ class Scorer:
         self.loaded, self.batch_size = loaded, batch_size
         self.work = Work()
         self._limit = GPU_TOKENS if loaded.device.type != "cpu" else CPU_TOKENS
-        self._autocast = torch.bfloat16 if loaded.precision == "bf16-mixed" else None
+        self._autocast = autocast_dtype(loaded.precision)
 
     def answers(
         self, queries: Sequence[Query], done: Callable[[Found], None] | None = None

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from gristmill.infer.load import LoadedModel, load, note, open_tokenizer, use_few_threads
+from gristmill.infer.load import LoadedModel, load_aloud, note, open_tokenizer
 from gristmill.measure.encode import Encoder
 from gristmill.measure.kept import Kept
 from gristmill.measure.score import Answer, Found, Query, Scorer
@@ -46,15 +46,13 @@ class Subject:
     @cached_property
     def loaded(self) -> LoadedModel:
         """The model with its weights."""
-        loaded = load(
+        loaded = load_aloud(
             self.path,
             self.device,
             self.precision,
             tokenizer_dir=self.tokenizer_dir,
             quantize=self.quantize,
         )
-        use_few_threads(loaded)
-        note(loaded.summary())
         if self._remark is not None:
             note(self._remark)
         return loaded

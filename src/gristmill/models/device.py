@@ -118,6 +118,11 @@ def compute_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision == "32-true" else torch.bfloat16
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What products are computed in under a resolved precision, if not in the weights' dtype."""
+    return torch.bfloat16 if precision == "bf16-mixed" else None
+
+
 def autocast(
     device: torch.device, dtype: torch.dtype | None
 ) -> contextlib.AbstractContextManager[object]:

@@ -33,11 +33,7 @@ def parallelize(
     share_products(model, mesh)
     share_positions(model, mesh)
     apply_recompute(model, recompute)
-    if recompute == "full" and mesh.sizes["tensor"] > 1 and compile != "off":
-        # torch 2.13 may fail to hold a device mesh for such a backward pass.
-        how = "eager (full recomputation beside tensor parallelism is not compiled)"
-    else:
-        how = _compile(model, mesh, device, compile)
+    how = _compile(model, mesh, device, compile, recompute)
     if isinstance(recompute, float) and how.startswith("eager"):
         raise UserError(
             f"--recompute {recompute:g} needs compiled blocks, and this run is {how}. "
@@ -50,10 +46,15 @@ def parallelize(
     return how
 
 
-def _compile(model: nn.Module, mesh: Mesh, device: torch.device, wanted: str) -> str:
+def _compile(
+    model: nn.Module, mesh: Mesh, device: torch.device, wanted: str, recompute: str | float
+) -> str:
     if wanted == "off":
         return "eager"
     missing = missing_for_compile(device)
+    if missing is None and recompute == "full" and mesh.sizes["tensor"] > 1:
+        # torch 2.13 may fail to hold a device mesh for such a backward pass.
+        missing = "full recomputation beside tensor parallelism is not compiled"
     if missing is not None:
         return f"eager ({missing})"
     compile_blocks(model, device, sharded=mesh.fsdp is not None)

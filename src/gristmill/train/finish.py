@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from gristmill import __version__
 from gristmill.checkpoint.store import RECORD_NAME, step_path
@@ -42,7 +42,7 @@ def is_finished(run: Run) -> bool:
     return True
 
 
-def finish(run: Run, model: nn.Module) -> None:
+def finish(run: Run) -> None:
     """Save the last step, and unless a signal ended the run write `final/`.
 
     Raises Interrupted after a signal, RunError when a checkpoint could not be written.
@@ -70,7 +70,7 @@ def finish(run: Run, model: nn.Module) -> None:
     written = run.mesh.world == 1 or (saved / RECORD_NAME).is_file()
     if run.job.exportable and written:
         if run.mesh.is_main:
-            _write_final(run, model, saved)
+            _write_final(run, saved)
         run.console.finished(run.job.out_dir / FINAL)
     elif written:
         run.console.finished(saved)
@@ -82,9 +82,9 @@ def finish(run: Run, model: nn.Module) -> None:
     run.checkpointer.close()
 
 
-def _write_final(run: Run, model: nn.Module, saved: Path) -> None:
+def _write_final(run: Run, saved: Path) -> None:
     if run.mesh.world == 1:
-        weights: Mapping[str, Tensor] = model.state_dict()
+        weights: Mapping[str, Tensor] = run.model.state_dict()
     else:
         weights = open_tensors(weight_files(saved / "weights"))
     files = {

@@ -78,7 +78,7 @@ def fit(job: Job) -> None:
                 with section("save"):
                     run.save()
             run.after_step()
-        finish(run, model)
+        finish(run)
 
 
 def make_ready(run: Run) -> None:

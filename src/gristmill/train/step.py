@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gristmill.models.device import autocast, autocast_dtype
 from gristmill.models.moe import move_biases
 from gristmill.parallel.gradients import accumulate, clip, total_norm
 from gristmill.parallel.mesh import Mesh
@@ -29,13 +29,6 @@ class StepStats:
     finite: bool
     spike: bool = False
     """Whether the loss was above what was allowed, and the update left out for that."""
-
-
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The arithmetic of a precision: bf16 products over fp32 weights for bf16-mixed."""
-    if precision == "bf16-mixed":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def reseed(seed: int, step: int, rank: int = 0) -> None:
@@ -92,7 +85,7 @@ def train_step(
 def micro_step(model: nn.Module, micro: MicroBatch, num_targets: int | Tensor, job: Job) -> Tensor:
     """Add one micro-batch's gradients; its share of the mean loss over `num_targets`."""
     inputs, targets, documents = micro
-    with section("forward"), autocast(inputs.device, job.precision):
+    with section("forward"), autocast(inputs.device, autocast_dtype(job.precision)):
         loss = model(inputs, targets, documents=documents, z_loss=job.cfg.train.z_loss)
         loss = loss / num_targets
     with section("backward"):

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from gristmill.models.device import autocast, autocast_dtype
 from gristmill.parallel.mesh import Mesh
 from gristmill.train.job import Job
-from gristmill.train.step import autocast
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def validate(
             rows = min(together, last - start)
             batch = job.on_device(job.val.batch(start, rows, mesh.data_rank, mesh.data_world))
             for inputs, wanted, documents in batch.micro_batches(job.micro_batch_size):
-                with autocast(job.device, job.precision):
+                with autocast(job.device, autocast_dtype(job.precision)):
                     totals[source] += model(inputs, wanted, documents=documents).item()
             targets[source] += batch.num_targets
     model.train()

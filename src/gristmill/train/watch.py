@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-import torch
-
 from gristmill.config.commands import Training
 from gristmill.formats.hf import TOKENIZER_WORDS
 from gristmill.models.decoder import Decoder
+from gristmill.models.device import autocast_dtype
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.train.evaluation import Evaluation
 from gristmill.train.profile import Profile, window
@@ -121,7 +120,7 @@ class Watch:
             max_new_tokens=job.cfg.eval.sample_tokens or SAMPLE_TOKENS,
             seed=job.cfg.seed % 2**63,
             bos=self._adds_bos(),
-            autocast=torch.bfloat16 if job.precision == "bf16-mixed" else None,
+            autocast=autocast_dtype(job.precision),
             encode=job.prompt_ids,
             stop_ids=job.stop_ids,
             ranks=run.ranks,

@@ -206,14 +206,18 @@ def test_one_of_several_processes_is_refused(measure, monkeypatch):
     ],
 )
 def test_wrong_options_are_refused_before_the_model_is_read(measure, monkeypatch, options, message):
-    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_, **__: pytest.fail("was read"))
+    monkeypatch.setattr(
+        "gristmill.measure.subject.load_aloud", lambda *_, **__: pytest.fail("was read")
+    )
     code, _, err = measure(*options)
     assert code == 2
     assert message in err
 
 
 def test_a_place_that_cannot_be_written(measure, monkeypatch, tmp_path):
-    monkeypatch.setattr("gristmill.measure.subject.load", lambda *_, **__: pytest.fail("was read"))
+    monkeypatch.setattr(
+        "gristmill.measure.subject.load_aloud", lambda *_, **__: pytest.fail("was read")
+    )
     code, _, err = measure("--save_filepath", tmp_path)
     assert code == 2
     assert f"--save_filepath {tmp_path / 'results.json'}" in err
