@@ -39,7 +39,6 @@ import zstandard
 from _common import (
     IN_PROCESS,
     environment,
-    gristmill,
     high_water,
     print_table,
     run_child,
@@ -179,7 +178,7 @@ def gristmill(args: argparse.Namespace, work: Path, layout: str, folder: Path, n
     """The command, from its start to its end."""
     out = work / f"out-{name}"
     shutil.rmtree(out, ignore_errors=True)
-    words = gristmill("prepare", layout, "--input_dir", str(folder))
+    words = [sys.executable, "-m", "gristmill", "prepare", layout, "--input_dir", str(folder)]
     words += ["--output_dir", str(out), "--tokenizer_dir", args.tokenizer_dir]
     words += ["--num_workers", str(args.workers), "--engine", "fastokens"]
     began = time.perf_counter()
