@@ -122,6 +122,7 @@ def _prepared(data: LitData) -> Datasets:
             side, held = _sides(data.val_data_path)
             val = held or side
         if val == train:
+            Dataset.open(train)  # a folder that is no dataset is the greater error
             raise UserError(
                 f"{val} is the training data, too: nothing would be held out. name another "
                 "--data.val_data_path, or leave it out."
