@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,7 @@ from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.infer.quantize import quantize as round_weights
 from gristmill.infer.stops import StopText
 from gristmill.models.batching import Batch
+from gristmill.models.cache import kv_cache_bytes
 from gristmill.models.counts import num_parameters
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context, Continuation, check_sampling, generate_tokens
@@ -86,16 +89,23 @@ class LoadedModel:
         autocast = autocast_dtype(self.precision)
         return Batch(self.model, rows, max_length or self.limit, autocast=autocast)
 
-    def cached_tokens(self) -> int:
-        """How many tokens, of all texts under way, fit into a quarter of the device's memory."""
-        config = self.model.config
-        width = sum(heads * size for heads, size in config.cached_heads)
-        token_bytes = config.num_layers * width * (4 if self.precision == "32-true" else 2)
+    def cached_length(self, rows: int) -> int:
+        """How long each of so many texts may be: a quarter of the device's memory is for them."""
+        lengths = range(self.limit + 1)
+        return bisect_right(lengths, self._cache_memory(), key=partial(self._cache_bytes, rows)) - 1
+
+    def cached_rows(self, length: int) -> int:
+        """How many texts of such a length fit into that quarter."""
+        return self._cache_memory() // max(1, self._cache_bytes(1, length))
+
+    def _cache_bytes(self, rows: int, length: int) -> int:
+        width = 4 if self.precision == "32-true" else 2
+        return kv_cache_bytes(self.model.config, rows, length, width)
+
+    def _cache_memory(self) -> int:
         if self.device.type == "cuda":
-            memory = torch.cuda.mem_get_info(self.device)[0]
-        else:
-            memory = host_memory_bytes()
-        return max(1, memory // 4 // max(1, token_bytes))
+            return torch.cuda.mem_get_info(self.device)[0] // 4
+        return host_memory_bytes() // 4
 
     def prompt_ids(self, prompt: str, *, special: bool = False) -> list[int]:
         """The ids of a text to continue; with `special`, special tokens written in it are these.

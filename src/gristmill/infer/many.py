@@ -53,7 +53,7 @@ def choose_rows(
     check_batch_size(batch_size)
     rows = batch_size
     if isinstance(rows, str):
-        fit = loaded.cached_tokens() // _longest(loaded, tasks, sampling)
+        fit = loaded.cached_rows(_longest(loaded, tasks, sampling))
         rows = min(ROWS_CPU if loaded.device.type == "cpu" else ROWS_GPU, fit)
     return max(1, min(rows, len(tasks)))
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gristmill.config.use_commands import Sampling
-from gristmill.models.cache import KVCache, RowsCache, attends_directly
+from gristmill.models.cache import MARGIN, PREFILL_TOKENS, KVCache, RowsCache, attends_directly
 from gristmill.models.decoder import Decoder
-from gristmill.models.decoding import PREFILL_TOKENS, check_prompt, check_sampling
+from gristmill.models.decoding import check_prompt, check_sampling
 from gristmill.models.device import autocast
 from gristmill.models.sampling import penalize, sample
 
@@ -61,26 +61,27 @@ class Batch:
         """`put` in parts of so many tokens, between which other rows may step.
 
         Logits [1, token_ids] after each part; the last are the result. The first `held` ids are
-        those that the row held when it was last dropped, and are not read again.
+        those that the row held when it was last dropped, and are not read again; as many as it has
+        `kept`.
         """
         assert 0 < len(ids) <= self.limit, f"{len(ids)} ids for {self.limit} positions"
         assert 0 <= held < len(ids), "the last id is always read"
         self.drop(row)
-        cache = self._cache.part(row, row + 1)
+        cache = self._cache.part(row, row + 1, held)
         cache.context = len(ids)
-        tokens = torch.tensor([list(ids)], device=self.device)
-        parts = list(tokens[:, held:].split(part_tokens or PREFILL_TOKENS, 1))
-        if held:
-            # Steps of other rows write over the first position of a row that holds nothing.
-            parts.insert(0, tokens[:, :1])
-        for number, part in enumerate(parts):
+        tokens = torch.tensor([list(ids[held:])], device=self.device)
+        for part in tokens.split(part_tokens or PREFILL_TOKENS, 1):
             with torch.inference_mode(), autocast(self.device, self.autocast):
                 logits = self.model(part, cache=cache, num_logits=1)[:, -1]
-            if held and number == 0:
-                cache.length = held
-            else:
-                self.lengths[row] = cache.length
-                yield logits
+            self.lengths[row] = cache.length
+            yield logits
+
+    def kept(self, row: int, count: int) -> int:
+        """How many of the first `count` ids that a row held when dropped it can go on from.
+
+        All or none: sliding windows are forgotten some way behind the text's end.
+        """
+        return count if self._cache.keeps(count, row) else 0
 
     def put_all(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
         """Logits [len(rows), token_ids] after each prompt; neighbours are read side by side.
@@ -108,6 +109,8 @@ class Batch:
         lengths = [len(ids) for ids in prompts[start : last + 1]]
         padded = max(lengths) * len(lengths)
         neighbours = rows[last] == rows[start] + last - start
+        if self._cache.window is not None and max(lengths) - min(lengths) > MARGIN:
+            return False  # the shortest could lose its window
         return neighbours and padded <= min(PREFILL_TOKENS, 1.25 * sum(lengths))
 
     @torch.inference_mode()
@@ -136,7 +139,8 @@ class Batch:
         if not attends_directly(config, self._cache):
             # Those between compute with the others, so that all are one view of the cache.
             computed = list(range(min(rows), max(rows) + 1))
-        cache = RowsCache(config, self._cache, computed, [self.lengths[row] for row in computed])
+        positions = [self.lengths[row] if row in given else None for row in computed]
+        cache = RowsCache(config, self._cache, computed, positions)
         ids = torch.tensor([[given.get(row, 0)] for row in computed], device=self.device)
         with autocast(self.device, self.autocast):
             logits = self.model(ids, cache=cache)[:, -1]

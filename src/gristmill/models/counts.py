@@ -186,14 +186,6 @@ def _keys_seen(seq_len: int, window: int | None, causal: bool) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
-def kv_cache_bytes(
-    config: ModelConfig, batch_size: int, max_length: int, bytes_per_value: int = 2
-) -> int:
-    """Size of a key-value cache for `batch_size` sequences of `max_length` tokens."""
-    per_token = config.num_layers * sum(heads * width for heads, width in config.cached_heads)
-    return per_token * batch_size * max_length * bytes_per_value
-
-
 def state_bytes(config: ModelConfig, precision: str, sizes: Sizes | None = None) -> int:
     """Weights, gradients and the two moments of AdamW, all in the type of the weights.
 

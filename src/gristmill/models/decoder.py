@@ -299,22 +299,34 @@ class Decoder(nn.Module):
         length = tokens.shape[1]
         context: int | Tensor = start + length
         if cache is not None:
-            context = max(start + length, cache.context)
+            context = cache.context = max(start + length, cache.context)
+            if length > cache.at_once:
+                return self._run_parts(tokens, positions, cache), []
         if documents is not None:
             positions, context = positions_within(documents), lengths_within(documents)
         elif positions is None:
             self._check_fits(start + length)
             positions = torch.arange(start, start + length, device=tokens.device)
+        caches = None if cache is None else cache.behind(length)
+        starts = dict.fromkeys(self.config.windows, 0)
+        if caches is not None:
+            starts = {w: kept.start for w, kept in zip(self.config.windows, caches, strict=True)}
         masks, tables = (
-            self._masks(start, length, tokens.device, documents),
+            self._masks(starts, length, tokens.device, documents),
             self._tables(positions, context),
         )
-        x = self._embedded(tokens, positions)
-        caches = None if cache is None else [cache.layer(i) for i in range(len(self.layers))]
-        out = self._through_blocks(x, tables, masks, caches)
+        out = self._through_blocks(self._embedded(tokens, positions), tables, masks, caches)
         if cache is not None:
             cache.length += length
         return out
+
+    def _run_parts(self, tokens: Tensor, positions: Tensor | None, cache: KVCache) -> Tensor:
+        """The residual stream of more tokens than a cache takes at once, part by part."""
+        parts = tokens.split(cache.at_once, 1)
+        theirs = [None] * len(parts) if positions is None else positions.split(cache.at_once, -1)
+        return torch.cat(
+            [self._run(*part, None, cache)[0] for part in zip(parts, theirs, strict=True)], 1
+        )
 
     def _run_rows(self, tokens: Tensor, cache: RowsCache) -> tuple[Tensor, list[Load]]:
         """The same of one more token for each of several sequences of different lengths."""
@@ -386,9 +398,13 @@ class Decoder(nn.Module):
         return self.embed_norm(x)
 
     def _masks(
-        self, start: int, length: int, device: torch.device, documents: Tensor | None
+        self,
+        starts: dict[int | None, int],
+        length: int,
+        device: torch.device,
+        documents: Tensor | None,
     ) -> dict[int | None, Any]:
-        """The attention mask of the blocks without a sliding window, and with it."""
+        """The attention mask of the blocks with each kind of window, which have kept so many."""
         plain = documents is None and self.config.attention_softcap is None
         on_gpu = self.compiled and device.type == "cuda"
         return {
@@ -400,7 +416,7 @@ class Decoder(nn.Module):
                 documents=documents,
                 blocks=on_gpu and not (plain and (window is None or window >= length)),
             )
-            for window in dict.fromkeys(self.config.windows)
+            for window, start in starts.items()
         }
 
     def _tables(self, positions: Tensor, length: int | Tensor) -> dict[bool, tuple[Tensor, Tensor]]:

@@ -9,14 +9,11 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gristmill.models.cache import KVCache, RowsCache
+from gristmill.models.cache import PREFILL_TOKENS, KVCache, RowsCache
 from gristmill.models.decoder import Decoder
 from gristmill.models.device import autocast
 from gristmill.models.sampling import penalize, sample
 from gristmill.util.errors import UserError
-
-PREFILL_TOKENS = 1024
-"""Prompts are read in pieces of this many tokens, which bounds the memory that reading takes."""
 
 
 def read_pieces(model: Decoder, cache: KVCache, tokens: Tensor) -> Tensor:
@@ -33,7 +30,8 @@ class Context:
 
     Reading a sequence computes only what differs from the one held, so a conversation whose next
     turn extends the last costs the new tokens; not so where rotations depend on the length of the
-    text. The cache grows up to the model's context.
+    text, nor where it goes back further than sliding windows are kept. The cache grows up to the
+    model's context.
     """
 
     def __init__(self, model: Decoder, *, autocast: torch.dtype | None = None) -> None:
@@ -73,6 +71,9 @@ class Context:
             if held != wanted:
                 break
             same += 1
+        assert self._cache is not None
+        if not self._cache.keeps(same):
+            same = 0
         del self.ids[same:]
         new = list(ids[same:])
         with self._eager():

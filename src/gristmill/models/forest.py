@@ -43,17 +43,19 @@ class Beginning:
             model.own_config, 1, self.length, device=model.embed.weight.device, dtype=dtype
         )
         model.hidden(tokens, cache=cache)
+        self.kept = {w: cache.index(0, w, self.length) for w in dict.fromkeys(cache.windows)}
+        """How many of them the blocks with each kind of window have kept, the last ones."""
         self.layers = [
-            _Behind(tuple(tensor[index] for tensor in cache.tensors), self.length)
-            for index in range(len(model.layers))
+            _Behind(block, self.kept[window])
+            for block, window in zip(cache.blocks, cache.windows, strict=True)
         ]
 
 
 class _Behind:
-    """One block's view: tensors [1, heads, P, width], and what rows append behind them."""
+    """One block's view: the first `start` of tensors, and what rows append behind them."""
 
-    def __init__(self, kept: tuple[Tensor, ...], start: int) -> None:
-        self.kept, self.start = kept, start
+    def __init__(self, tensors: tuple[Tensor, ...], start: int) -> None:
+        self.kept, self.start = tuple(tensor[:, :, :start] for tensor in tensors), start
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         return tuple(
@@ -67,7 +69,8 @@ def forest_hidden(model: Decoder, forest: Forest, beginning: Beginning | None = 
     start = 0 if beginning is None else beginning.length
     positions = forest.depths + start
     masks: dict[int | None, Any] = {
-        window: _visible(forest, start, window) for window in dict.fromkeys(model.config.windows)
+        window: _visible(forest, window, 0 if beginning is None else beginning.kept[window])
+        for window in dict.fromkeys(model.config.windows)
     }
     return model._through_blocks(
         model._embedded(forest.tokens, positions),
@@ -77,15 +80,15 @@ def forest_hidden(model: Decoder, forest: Forest, beginning: Beginning | None = 
     )[0]
 
 
-def _visible(forest: Forest, start: int, window: int | None) -> Tensor:
-    """Who looks at whom, bool [B, 1, T, start + T]."""
+def _visible(forest: Forest, window: int | None, kept: int) -> Tensor:
+    """Who looks at whom, bool [B, 1, T, kept + T]: the last `kept` of the beginning come first."""
     depths, ends = forest.depths, forest.ends
     index = torch.arange(depths.shape[1], device=depths.device)
     visible = (index.unsqueeze(1) >= index) & (index.unsqueeze(1) < ends.unsqueeze(1))
     if window is not None:
         visible &= depths.unsqueeze(2) - depths.unsqueeze(1) < window
-    if start:
-        behind = depths.unsqueeze(2) + start - torch.arange(start, device=depths.device)
+    if kept:
+        behind = depths.unsqueeze(2) + kept - torch.arange(kept, device=depths.device)
         seen = behind < (window or behind.max() + 1)
         visible = torch.cat((seen, visible), 2)
     return visible.unsqueeze(1)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gristmill.config.model import LatentAttention, ModelConfig
 from gristmill.models import counts, zoo
-from gristmill.models.cache import KVCache
+from gristmill.models.cache import KVCache, kv_cache_bytes
 from gristmill.models.decoder import Decoder
 
 SMALL = ModelConfig(
@@ -78,8 +78,8 @@ def test_causal_attention_sees_half_the_keys():
 
 def test_cache_bytes_are_those_of_the_cache():
     cache = KVCache(GROUPED, 3, 40, dtype=torch.float32)
-    held = sum(tensor.nbytes for tensor in cache.tensors)
-    assert counts.kv_cache_bytes(GROUPED, 3, 40, bytes_per_value=4) == held
+    held = sum(tensor.nbytes for block in cache.blocks for tensor in block)
+    assert kv_cache_bytes(GROUPED, 3, 40, bytes_per_value=4) == held
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

@@ -226,7 +226,9 @@ def test_bf16_follows_fp32():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["grouped", "windows", "latent"])
-def test_compiled_is_eager(shape):
+def test_compiled_is_eager(shape, monkeypatch):
+    monkeypatch.setattr("gristmill.models.cache.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("gristmill.models.cache.MARGIN", 3)
     model = tiny(shape)
     expected = greedy(model, PROMPT, 30)
     context = Context(model)

@@ -8,8 +8,9 @@ from gristmill.config.model import LatentAttention, MixtureOfExperts, ModelConfi
 from gristmill.formats import hf
 from gristmill.formats.model_dir import load_model
 from gristmill.models import zoo
+from gristmill.models.cache import kv_cache_bytes
 from gristmill.models.check import check_config
-from gristmill.models.counts import kv_cache_bytes, num_parameters
+from gristmill.models.counts import num_parameters
 from gristmill.models.decoder import Decoder
 from gristmill.models.init import init_weights
 from gristmill.util.errors import UserError

@@ -5,8 +5,8 @@ import torch
 
 from gristmill.config.model import LatentAttention as Widths
 from gristmill.config.model import ModelConfig, RopeScaling
-from gristmill.models.cache import KVCache
-from gristmill.models.counts import kv_cache_bytes, parameter_shapes
+from gristmill.models.cache import KVCache, kv_cache_bytes
+from gristmill.models.counts import parameter_shapes
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import Context
 from gristmill.models.init import init_weights
@@ -108,10 +108,10 @@ def test_decoding_with_a_cache_is_the_full_forward_pass(config, lengths):
 
 def test_the_cache_holds_one_small_vector_for_each_token(config):
     cache = KVCache(config, 3, 50, dtype=torch.bfloat16)
-    (rows,) = cache.tensors
+    (rows,), (others,) = cache.blocks
     width = config.latent_attention.kv_lora_rank + 4
-    assert rows.shape == (2, 3, 1, 50, width)
-    assert rows.nbytes == kv_cache_bytes(config, 3, 50) == 2 * 3 * 50 * width * 2
+    assert rows.shape == others.shape == (3, 1, 50, width)
+    assert 2 * rows.nbytes == kv_cache_bytes(config, 3, 50) == 2 * 3 * 50 * width * 2
 
 
 def test_a_new_token_never_expands_what_is_cached(config):
@@ -124,7 +124,7 @@ def test_a_new_token_never_expands_what_is_cached(config):
         tables = rope_tables(config, torch.arange(cache.length, cache.length + length), 40)
         seen = torch.ones(length, cache.length + length).tril(cache.length).bool()
         mask = None if length == 1 or cache.length == 0 else seen[None, None]
-        layer(torch.randn(1, length, 32), *tables, mask, cache.layer(0))
+        layer(torch.randn(1, length, 32), *tables, mask, cache.behind(length)[0])
         cache.length += length
 
     with torch.no_grad():

@@ -129,14 +129,14 @@ def batch_shape(cfg: Serve, loaded: LoadedModel) -> tuple[int, int]:
     on_cpu = loaded.device.type == "cpu"
     rows = (8 if on_cpu else 32) if cfg.batch_size == "auto" else cfg.batch_size
     if cfg.max_length == "auto":
-        fits = loaded.cached_tokens() // rows
+        fits = loaded.cached_length(rows)
         if fits < min(loaded.limit, SHORTEST_LENGTH):
             raise UserError(
                 f"the cache of {rows} replies does not fit into a quarter of the memory "
                 f"({fits} tokens each). write fewer at a time, or say --max_length.",
-                {"--batch_size": max(1, rows * fits // min(loaded.limit, SHORTEST_LENGTH))},
+                {"--batch_size": max(1, loaded.cached_rows(min(loaded.limit, SHORTEST_LENGTH)))},
             )
-        return rows, min(loaded.limit, fits)
+        return rows, fits
     if not 2 <= cfg.max_length <= loaded.limit:
         raise UserError(
             f"--max_length {cfg.max_length} is not from 2 to the model's context "

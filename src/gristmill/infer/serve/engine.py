@@ -40,6 +40,7 @@ class Rows(Protocol):
     ) -> Iterator[Tensor]: ...
     def step(self, rows: list[int], tokens: list[int]) -> Tensor: ...  # noqa: D102
     def drop(self, row: int) -> None: ...  # noqa: D102
+    def kept(self, row: int, count: int) -> int: ...  # noqa: D102
 
 
 class Full(Exception):
@@ -290,7 +291,7 @@ class Engine:
                 return None
             sequence = self._waiting.popleft()
             ids = sequence.ask.ids
-            shared = {row: num_shared(self._held[row], ids) for row in free}
+            shared = {row: rows.kept(row, num_shared(self._held[row], ids)) for row in free}
             row = max(free, key=lambda row: shared[row])
             self._active[row] = sequence
         sequence.parts = rows.read(row, ids, held=shared[row], part_tokens=PART_TOKENS)

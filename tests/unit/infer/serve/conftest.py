@@ -46,6 +46,9 @@ class Slow:
     def drop(self, row):
         self.batch.drop(row)
 
+    def kept(self, row, count):
+        return self.batch.kept(row, count)
+
     def _fail(self):
         if self.failure is not None:
             failure, self.failure = self.failure, None
