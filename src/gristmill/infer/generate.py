@@ -52,12 +52,6 @@ def generate(cfg: Generate) -> None:
     prompts = read_prompts(cfg.prompt, cfg.prompt_file)
     _check_fields(cfg, prompts)
     _check_special(cfg, prompts)
-    if cfg.compile is True and not _is_streamed(cfg, prompts):
-        raise UserError(
-            "--compile true is for a prompt whose text is shown as it is written: several at a "
-            "time are not compiled. leave it out.",
-            {"--compile": None},
-        )
     with _destination(cfg, prompts) as file:
         loaded = load_for_command(cfg)
         tasks = _tasks(loaded, cfg, prompts)
@@ -239,12 +233,12 @@ def _write_all(
     places = [place for place in tasks if place not in done]
     if done:
         note(f"{len(done):,} texts are there already; going on with the others.")
-    rows = choose_rows(loaded, cfg.batch_size, [tasks[place] for place in places], cfg)
+    chosen = [tasks[place] for place in places]
+    rows = choose_rows(loaded, cfg.batch_size, chosen, cfg)
     note(f"Writing {_texts(len(places))}, {rows} at a time.")
-    if cfg.compile == "auto":
-        note("Not compiled: that is for one text at a time.")
+    events = write_texts(loaded, chosen, cfg, rows=rows, compiled=cfg.compile)
     meter = _Meter(len(places), live=file is not None)
-    finished = meter.counted(_finished(loaded, cfg, tasks, places, rows))
+    finished = meter.counted(_finished(events, places))
     try:
         for place, text, ending in finished if file else _in_order(finished, places):
             prompt, task = prompts[place[0]], tasks[place]
@@ -273,16 +267,11 @@ def _texts(count: int) -> str:
 
 
 def _finished(
-    loaded: LoadedModel,
-    cfg: Generate,
-    tasks: dict[Place, Task],
-    places: Sequence[Place],
-    rows: int,
+    events: Iterable[tuple[int, str | Ending]], places: Sequence[Place]
 ) -> Iterator[Text]:
     """The texts as they end."""
     pieces: dict[int, list[str]] = {}
-    chosen = [tasks[place] for place in places]
-    for number, event in write_texts(loaded, chosen, cfg, rows=rows):
+    for number, event in events:
         if isinstance(event, str):
             pieces.setdefault(number, []).append(event)
         else:

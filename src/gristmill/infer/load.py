@@ -72,10 +72,10 @@ class LoadedModel:
         return context
 
     @staticmethod
-    def _compile(context: Context, *, must: bool) -> None:
+    def _compile(decoding: Context | Batch, *, must: bool) -> None:
         note("Compiling the decoding step …")
         start = time.perf_counter()
-        reason = context.compile()
+        reason = decoding.compile()
         if reason and must:
             raise UserError(f"cannot compile ({reason}). leave --compile out.")
         note(
@@ -84,10 +84,22 @@ class LoadedModel:
             else f"Compiled in {time.perf_counter() - start:.1f} s."
         )
 
-    def batch(self, rows: int, max_length: int | None = None) -> Batch:
-        """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit)."""
+    def batch(
+        self,
+        rows: int,
+        max_length: int | None = None,
+        *,
+        compiled: Literal["auto", "off"] | bool = "off",
+    ) -> Batch:
+        """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit).
+
+        `compiled` as in `context`.
+        """
         autocast = autocast_dtype(self.precision)
-        return Batch(self.model, rows, max_length or self.limit, autocast=autocast)
+        batch = Batch(self.model, rows, max_length or self.limit, autocast=autocast)
+        if compiled in ("auto", True):
+            self._compile(batch, must=compiled is True)
+        return batch
 
     def cached_length(self, rows: int) -> int:
         """How long each of so many texts may be: a quarter of the device's memory is for them."""

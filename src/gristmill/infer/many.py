@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gristmill.config.use_commands import Sampling
 from gristmill.infer.load import LoadedModel, TextDecoder, check_options
-from gristmill.models.batching import generate_batch
+from gristmill.models.batching import Batch, generate_batch
 from gristmill.models.decoding import check_prompt
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util.errors import UserError
@@ -70,6 +71,7 @@ def write_texts(
     sampling: Sampling,
     *,
     rows: int,
+    compiled: Literal["auto", "off"] | bool = "off",
 ) -> Iterator[tuple[int, str | Ending]]:
     """(number of the task, piece of its text) as they come, and (number, Ending) at the end of it.
 
@@ -82,18 +84,15 @@ def write_texts(
         except UserError as error:
             raise UserError(f"prompt {number}: {error}") from error
     check_options(sampling)
-    return _write(loaded, tasks, sampling, rows)
+    if not tasks:
+        return iter(())
+    batch = loaded.batch(rows, _longest(loaded, tasks, sampling), compiled=compiled)
+    return _write(loaded, batch, tasks, sampling)
 
 
 def _write(
-    loaded: LoadedModel,
-    tasks: Sequence[Task],
-    sampling: Sampling,
-    rows: int,
+    loaded: LoadedModel, batch: Batch, tasks: Sequence[Task], sampling: Sampling
 ) -> Iterator[tuple[int, str | Ending]]:
-    if not tasks:
-        return
-    batch = loaded.batch(rows, _longest(loaded, tasks, sampling))
     own = frozenset(loaded.tokenizer.stop_ids)
     stop_ids = [own if task.stop_ids is None else task.stop_ids for task in tasks]
     ended: set[int] = set()

@@ -6,6 +6,7 @@ put ─ reads a prompt into a row ─ step, step, … ─ drop
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from gristmill.config.use_commands import Sampling
 from gristmill.models.cache import MARGIN, PREFILL_TOKENS, KVCache, RowsCache, attends_directly
 from gristmill.models.decoder import Decoder
-from gristmill.models.decoding import check_prompt, check_sampling
+from gristmill.models.decoding import check_prompt, check_sampling, compile_blocks, eager_if
 from gristmill.models.device import autocast
 from gristmill.models.sampling import penalize, sample
 
@@ -47,8 +48,26 @@ class Batch:
             device=self.device,
             dtype=autocast or weight.dtype,
         )
+        self.compiled = False
         self.lengths = [0] * rows
         """How many tokens each row holds."""
+
+    def compile(self) -> str | None:
+        """Compile the step of all rows now; None, or why it stays as it is."""
+        rows = list(range(self.rows))
+
+        def steps() -> None:
+            for row in rows:
+                self.put(row, [0])
+            for _ in range(2):
+                self.step(rows, [0] * self.rows)
+
+        self.compiled = True
+        reason = compile_blocks(self.model, steps)
+        self.compiled = reason is None
+        for row in rows:
+            self.drop(row)
+        return reason
 
     def put(self, row: int, ids: Sequence[int]) -> Tensor:
         """Logits [1, token_ids] after the sequence `ids`, which replaces what the row held."""
@@ -71,7 +90,7 @@ class Batch:
         cache.context = len(ids)
         tokens = torch.tensor([list(ids[held:])], device=self.device)
         for part in tokens.split(part_tokens or PREFILL_TOKENS, 1):
-            with torch.inference_mode(), autocast(self.device, self.autocast):
+            with torch.inference_mode(), self._reading():
                 logits = self.model(part, cache=cache, num_logits=1)[:, -1]
             self.lengths[row] = cache.length
             yield logits
@@ -122,7 +141,7 @@ class Batch:
         filled = [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prompts]
         tokens = torch.tensor(filled, device=self.device)
         cache = self._cache.part(first, first + len(prompts))
-        with autocast(self.device, self.autocast):
+        with self._reading():
             hidden = self.model.hidden(tokens, cache=cache)
             last = torch.tensor(lengths, device=self.device) - 1
             logits = self.model.logits(hidden[torch.arange(len(prompts)), last])
@@ -136,17 +155,24 @@ class Batch:
         assert all(0 < self.lengths[row] < self.limit for row in rows), "rows that have room"
         given = dict(zip(rows, tokens, strict=True))
         config, computed = self.model.own_config, list(rows)
-        if not attends_directly(config, self._cache):
+        if self.compiled:
+            computed = list(range(self.rows))  # always as many: a shape is compiled once
+        elif not attends_directly(config, self._cache):
             # Those between compute with the others, so that all are one view of the cache.
             computed = list(range(min(rows), max(rows) + 1))
         positions = [self.lengths[row] if row in given else None for row in computed]
-        cache = RowsCache(config, self._cache, computed, positions)
+        cache = RowsCache(config, self._cache, computed, positions, compiled=self.compiled)
         ids = torch.tensor([[given.get(row, 0)] for row in computed], device=self.device)
         with autocast(self.device, self.autocast):
             logits = self.model(ids, cache=cache)[:, -1]
         for row in rows:
             self.lengths[row] += 1
         return logits if computed == list(rows) else logits[[row - computed[0] for row in rows]]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        with eager_if(self.compiled), autocast(self.device, self.autocast):
+            yield
 
     def drop(self, row: int) -> None:
         """Forget what the row holds."""

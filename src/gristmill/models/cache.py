@@ -183,7 +183,7 @@ class RowsCache:
 
     `rows` are the sequences, and `positions` those of their new tokens; None where a row has none,
     and what is computed in its place is written to the end of its buffers, which nobody reads.
-    Without the kernel (`direct`) the rows follow one another.
+    Without the kernel (`direct`), which is not for what is `compiled`, the rows follow one another.
     """
 
     def __init__(
@@ -192,10 +192,12 @@ class RowsCache:
         cache: KVCache,
         rows: Sequence[int],
         positions: Sequence[int | None],
+        *,
+        compiled: bool = False,
     ) -> None:
         device = cache.blocks[0][0].device
         self.cache = cache
-        self.direct = attends_directly(config, cache)
+        self.direct = not compiled and attends_directly(config, cache)
         self.positions = torch.tensor([position or 0 for position in positions], device=device)
         self.rows = torch.tensor(rows, device=device)
         self._span = slice(rows[0], rows[0] + len(rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,31 @@ def read_pieces(model: Decoder, cache: KVCache, tokens: Tensor) -> Tensor:
     for piece in pieces:
         model.hidden(piece, cache=cache)
     return model(last, cache=cache, num_logits=1)[:, -1]
+
+
+def compile_blocks(model: Decoder, steps: Callable[[], None]) -> str | None:
+    """Compile the blocks of a model for what is computed by `steps`; None, or why they stay.
+
+    More than one step, because the second shows that the length varies.
+    """
+    # Here, because importing it takes a second that nobody else should wait for.
+    from torch._dynamo.exc import TorchDynamoException
+
+    for block in model.layers:
+        block.compile()
+    try:
+        steps()
+    except TorchDynamoException as error:
+        for block in model.layers:
+            block._compiled_call_impl = None
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def eager_if(compiled: bool) -> contextlib.AbstractContextManager[object]:
+    """Where blocks are compiled, for their steps, something else is computed without that."""
+    # Prompts have every length: only the step of one token is worth compiling.
+    return torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
 
 
 class Context:
@@ -76,7 +101,7 @@ class Context:
             same = 0
         del self.ids[same:]
         new = list(ids[same:])
-        with self._eager():
+        with eager_if(self.compiled):
             logits = self._advance(torch.tensor([new], device=self.device))
         self.ids += new
         return logits
@@ -90,25 +115,17 @@ class Context:
 
     def compile(self) -> str | None:
         """Compile the decoding step now; None, or why it stays as it is."""
-        # Here, because importing it takes a second that nobody else should wait for.
-        from torch._dynamo.exc import TorchDynamoException
 
-        self.compiled = True
-        for block in self.model.layers:
-            block.compile()
-        try:
-            # Two steps: the second shows that the length varies.
+        def steps() -> None:
             self.read([0])
             for _ in range(2):
                 self.add(torch.zeros(1, dtype=torch.int64, device=self.device), 0)
-        except TorchDynamoException as error:
-            for block in self.model.layers:
-                block._compiled_call_impl = None
-            self.compiled = False
-            return (str(error).strip().splitlines() or [type(error).__name__])[0]
-        finally:
-            self.ids.clear()
-        return None
+
+        self.compiled = True
+        reason = compile_blocks(self.model, steps)
+        self.compiled = reason is None
+        self.ids.clear()
+        return reason
 
     # Not around the generator: a mode held over a `yield` would leak into the caller's code.
     @torch.inference_mode()
@@ -125,12 +142,6 @@ class Context:
         rows = RowsCache(self.model.own_config, self._cache, [0], [len(self.ids)])
         with autocast(self.device, self.autocast):
             return self.model(token.view(1, 1), cache=rows)[:, -1]
-
-    def _eager(self) -> contextlib.AbstractContextManager[object]:
-        # Prompts have every length: only the step of one token is worth compiling.
-        if not self.compiled:
-            return contextlib.nullcontext()
-        return torch.compiler.set_stance("force_eager")
 
 
 class Continuation(Iterator[int]):

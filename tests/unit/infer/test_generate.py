@@ -162,6 +162,11 @@ def test_without_a_compiler_it_goes_on(base_model, capsys, monkeypatch):
     shown = run(capsys, base_model, compile="auto", seed=2)
     assert shown.out == run(capsys, base_model, seed=2).out
     assert "Not compiled (no compiler); going on without." in shown.err
+    monkeypatch.setattr("gristmill.models.batching.Batch.compile", lambda self: "no compiler")
+    shown = run(capsys, base_model, compile="auto", batch_size=2)
+    assert "Not compiled (no compiler); going on without." in shown.err
+    with pytest.raises(UserError, match=r"cannot compile \(no compiler\). leave --compile out"):
+        run(capsys, base_model, compile=True, batch_size=2)
 
 
 def test_rows_behind_the_tokenizer_are_never_chosen(base_model, tmp_path):
@@ -377,7 +382,6 @@ def test_another_tokenizer(base_model, tmp_path, capsys):
         ({"output": "."}, "is a directory"),
         ({"min_p": 2.0}, "min_p"),
         ({"stop": ["a", ""]}, "a stop text is empty"),
-        ({"compile": True, "batch_size": 2}, "several at a time are not compiled"),
     ],
 )
 def test_options_that_cannot_be(base_model, capsys, options, message):

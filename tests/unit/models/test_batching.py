@@ -185,3 +185,21 @@ def test_reading_in_parts_while_others_step_and_again_behind_what_was_held(shape
         step()
         # The next text begins alike and goes on otherwise.
         ids = [*ids[:8], 30, 31, 32, 33]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["grouped", "windows", "latent", "experts"])
+def test_compiled_is_eager(shape, monkeypatch):
+    monkeypatch.setattr("gristmill.models.cache.PREFILL_TOKENS", 8)
+    monkeypatch.setattr("gristmill.models.cache.MARGIN", 3)
+    model = tiny(shape)
+    sampling = Sampling(max_new_tokens=30, temperature=0)
+    expected = collected(generate_batch(Batch(model, 3, 50), PROMPTS, sampling))
+    batch = Batch(model, 3, 50)
+    if reason := batch.compile():
+        pytest.skip(f"no compiler here: {reason}")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        batch.put(0, PROMPTS[0])
+        batch.step([0], [1])  # one row in use, and longer texts, are the same code
+    batch.drop(0)
+    assert collected(generate_batch(batch, PROMPTS, sampling)) == expected
