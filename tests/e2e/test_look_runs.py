@@ -6,14 +6,13 @@ import re
 import numpy as np
 import pytest
 import xxhash
+from tests.unit.data.conftest import make_text, save_tokenizer
+from tests.unit.data.test_look_inspect import all_documents
 
 from gristmill.cli import main
 from gristmill.data.look import find
 from gristmill.data.reading.chunk_cache import ChunkCache
 from gristmill.data.store.dataset import Dataset
-
-from .conftest import make_text, save_tokenizer
-from .test_look_inspect import all_documents
 
 MODEL = {
     "num_layers": 1,
