@@ -89,8 +89,7 @@ class Console:
         self, final: Path | None = None, summary: Mapping[str, object] | None = None
     ) -> None:
         """Show the last row, what came of the run, and where the model is."""
-        self._draw(self._clock())
-        self._screen.stop()
+        self._show_last()
         lines = summary_lines(summary or {})
         if final is not None:
             lines.append(f"model: {final}")
@@ -99,6 +98,10 @@ class Console:
     def close(self) -> None:
         """Show what has not been shown and give the terminal back."""
         self._flush_notes()
+        self._show_last()
+
+    def _show_last(self) -> None:
+        """Show the last row, unless that was done when it came, and give the terminal back."""
         if self._step != self._shown_step:
             self._draw(self._clock())
         self._screen.stop()

@@ -108,6 +108,17 @@ def test_close_shows_the_last_row_once(clock):
     assert lines[1:] == ["val loss  2.5", "model: out/final"]
 
 
+def test_a_last_row_that_was_shown_when_it_came_is_not_repeated(clock):
+    stream = io.StringIO()
+    console = Console(3, stream=stream, clock=clock)
+    run_steps(console, clock, range(1, 4))
+    clock.now += 10
+    console.log({"val_loss": 2.5}, 3)
+    console.finished("out/final")
+    lines = [line.split("  ")[0] for line in stream.getvalue().splitlines()]
+    assert lines == ["step 3", "step 3/3", "model: out/final"]
+
+
 def test_terminal_is_redrawn_at_most_four_times_a_second(clock, terminal):
     console = Console(10_000, stream=terminal, clock=clock)
     run_steps(console, clock, range(1, 1001), seconds_per_step=0.01)
