@@ -45,7 +45,8 @@ def generate(cfg: Generate) -> None:
     """Write `num_samples` texts for each prompt, each ended by a line break, or as JSON lines.
 
     The texts are on stdout or in the file of `output`. Everything else is on stderr, the prompt
-    included, so that a terminal shows the whole text and a pipe gets the continuation alone.
+    included, so that a terminal shows the whole text, as does a log of both, and a pipe gets the
+    continuation alone.
     Sample i is drawn with seed + i.
     """
     _check(cfg)
@@ -214,11 +215,19 @@ def _stream(
 
 
 def _show_prompt(prompt: Prompt, task: Task) -> None:
-    """The prompt on stderr; on a terminal, a continuation follows it in the same line."""
-    said = prompt.messages[-1]["content"] if prompt.messages else prompt.text
-    together = task.goes_on and sys.stdout.isatty()
-    sys.stderr.write(visible(f"{said}") if together else f"{said}\n")
+    """The prompt on stderr; where stdout goes to the same place, its continuation follows it."""
+    said = str(prompt.messages[-1]["content"] if prompt.messages else prompt.text)
+    shown = visible(said) if sys.stderr.isatty() else said
+    sys.stderr.write(shown if task.goes_on and _is_one_stream() else shown + "\n")
     sys.stderr.flush()
+
+
+def _is_one_stream() -> bool:
+    """Whether stdout and stderr are one terminal, file or pipe (`> log 2>&1`)."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except (OSError, ValueError):  # replaced by something that is no file
+        return False
 
 
 def _write_all(

@@ -39,6 +39,20 @@ def test_stdout_is_the_continuation_alone(base_model, capsys):
     assert "the mill" in shown.err
 
 
+def test_a_log_of_both_streams_has_the_text_in_one_piece(base_model, capsys, tmp_path, monkeypatch):
+    alone = run(capsys, base_model, temperature=0).out
+    with open(tmp_path / "log", "w") as both, open(tmp_path / "err", "w") as apart:
+        monkeypatch.setattr("sys.stdout", both)
+        monkeypatch.setattr("sys.stderr", both)
+        run(capsys, base_model, temperature=0)
+        monkeypatch.setattr("sys.stderr", apart)
+        run(capsys, base_model, temperature=0)
+    log, err = (tmp_path / "log").read_text(), (tmp_path / "err").read_text()
+    assert f"\nthe mill{alone}Time for inference" in log
+    assert log.endswith(alone)
+    assert "\nthe mill\nTime for inference" in err
+
+
 def test_stderr_says_what_computes_and_how_fast(base_model, capsys):
     err = run(capsys, base_model).err
     assert re.search(
