@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "src" / "gristmill"
-CODES = {"UserError": 2, "RunError": 1}
+CODES = {"UserError": 2, "MissingPackage": 2, "RunError": 1}
 AREAS = {
     "cli": "The command line",
     "config": "Options and configuration files",

@@ -32,7 +32,7 @@ from gristmill.models.counts import num_parameters, parameter_shapes
 from gristmill.tokenizer.sidecar import read_json
 from gristmill.tokenizer.tokenizer import Tokenizer
 from gristmill.util import gguf_header
-from gristmill.util.errors import RunError, UserError
+from gristmill.util.errors import MissingPackage, RunError, UserError
 from gristmill.util.paths import download_command, how_to_get, resolve_model_dir
 
 RUN_FILE = "run.yaml"
@@ -64,7 +64,7 @@ class Found:
     model: dict[str, Any] = field(default_factory=dict)
     """architecture, name, family, parameters, context, vocab_size, num_token_ids, dtypes …"""
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    """kind, num_token_ids, bos, eos, chat_template."""
+    """kind, num_token_ids, bos, eos, chat_template; or `unread`, the package that is missing."""
     training: dict[str, Any] = field(default_factory=dict)
     """step, tokens, samples; of a run also checkpoints, newest and final."""
     dataset: dict[str, Any] = field(default_factory=dict)
@@ -397,6 +397,9 @@ def _add_tokenizer(found: Found, place: Path | ModelDir) -> int | None:
     """What the tokenizer there is; its number of ids."""
     try:
         tokenizer = Tokenizer.load(place) if isinstance(place, Path) else find_tokenizer(place)
+    except MissingPackage as error:
+        found.tokenizer = {"unread": str(error)}
+        return None
     except UserError as error:
         if "no tokenizer at" not in str(error):
             found.problems.append(str(error))

@@ -48,7 +48,9 @@ def _lines(found: Found) -> Iterator[tuple[str, str]]:
                 f"{counted(found.dataset.get('chunks', 0), 'chunk')}"
             ),
         )
-    if found.tokenizer:
+    if "unread" in found.tokenizer:
+        yield "tokenizer", found.tokenizer["unread"]
+    elif found.tokenizer:
         yield "tokenizer", _tokenizer(found.tokenizer)
         yield "chat template", "yes" if found.tokenizer["chat_template"] else "no"
     elif "dtypes" in found.model and not found.problems:

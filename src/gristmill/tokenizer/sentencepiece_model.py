@@ -18,7 +18,7 @@ from gristmill.tokenizer.long_text import (
 )
 from gristmill.tokenizer.sentencepiece_proto import BPE, model_type
 from gristmill.tokenizer.sidecar import AddedToken
-from gristmill.util.errors import UserError
+from gristmill.util.errors import MissingPackage, UserError
 from gristmill.util.extras import install_command
 
 
@@ -124,7 +124,7 @@ def _load(path: Path):  # type: ignore[no-untyped-def]  # the package has no typ
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
-        raise UserError(
+        raise MissingPackage(
             f"{path} needs the package sentencepiece, which is not installed. "
             f"install it with `{install_command('sentencepiece')}`."
         ) from error

@@ -18,6 +18,10 @@ class UserError(ValueError):
         self.fix = dict(fix or {})
 
 
+class MissingPackage(UserError):
+    """An optional package is not installed; nothing is wrong with what it was to read."""
+
+
 class RunError(RuntimeError):
     """A failure while running (disk, data, hardware); the command exits with code 1.
 
