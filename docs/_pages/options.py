@@ -19,7 +19,7 @@ from gristmill.cli import COMMANDS, SPELLINGS, Command
 from gristmill.config.data import DataModule
 from gristmill.config.explain import subclasses
 from gristmill.config.model import ModelConfig
-from gristmill.config.parse import ALIASES, FOREIGN_SETTINGS
+from gristmill.config.parse import ALIASES, FOREIGN_SETTINGS, usage
 from gristmill.config.scripts import SCRIPTS, Script
 
 KINDS = {
@@ -192,13 +192,8 @@ def pages_of_commands() -> dict[str, tuple[Command, list[str]]]:
 def command_page(command: Command, names: list[str]) -> str:
     """The page of one command."""
     cls = load(command.config)
-    words = []
-    for positional in dict.fromkeys(command.positionals):
-        many = positional.endswith("+")
-        words.append(f"[{positional.rstrip('+').upper()}{' …' if many else ''}]")
-    usage = " ".join(["gristmill", names[0], *words, "[OPTIONS]"])
     parts = [f"# gristmill {names[0]}", escape((cls.__doc__ or command.summary).strip())]
-    parts.append(f"```text\n{usage}\n```")
+    parts.append(f"```text\n{usage(f'gristmill {names[0]}', command.positionals)}\n```")
     guide = GUIDES.get(names[0].split()[0])
     if guide:
         parts.append(f"[In use](../../{guide}.md)")

@@ -81,11 +81,21 @@ SECTIONS = ("data", "optimizer", "model_config", "train", "eval", "log", "parall
 """Settings that hold settings."""
 
 
-def parser_for(command: type, prog: str) -> ArgumentParser:
+def usage(prog: str, positionals: Sequence[str]) -> str:
+    """`gristmill pretrain [MODEL_NAME] [OPTIONS]`: the words that a command takes."""
+    words = [
+        f"[{name.rstrip('+').upper()}{' ...' if name.endswith('+') else ''}]"
+        for name in dict.fromkeys(positionals)
+    ]
+    return " ".join([prog, *words, "[OPTIONS]"])
+
+
+def parser_for(command: type, prog: str, positionals: Sequence[str]) -> ArgumentParser:
     """The parser of one command: an option for every field of its dataclass, and `--config`."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,
+        usage=usage(prog, positionals),
         description=(command.__doc__ or "").strip(),
         exit_on_error=False,
         allow_abbrev=False,
@@ -104,7 +114,7 @@ def parse(command: type[T], argv: Sequence[str], *, prog: str, positionals: Sequ
 
     Raises `UserError` for anything that does not fit, naming the option and the value.
     """
-    parser = parser_for(command, prog)
+    parser = parser_for(command, prog, positionals)
     fields = dataclasses.fields(command)  # type: ignore[arg-type]
     flags = {f"--{field.name}" for field in fields if field.type in (bool, "bool")}
     arguments = normalise(argv, positionals, flags, {field.name for field in fields})

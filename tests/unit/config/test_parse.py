@@ -24,6 +24,22 @@ def test_positional_and_option_spell_the_same_model():
     assert pretrain("pythia-14m") == pretrain("--model_name=pythia-14m")
 
 
+@pytest.mark.parametrize(
+    ("command", "usage"),
+    [
+        ("pretrain", "gristmill pretrain [MODEL_NAME] [OPTIONS]"),
+        ("prepare", "gristmill prepare [LAYOUT] [OUTPUT_DIR] [OPTIONS]"),
+        ("data stats", "gristmill data stats [DATA_PATH ...] [OPTIONS]"),
+        ("quickstart", "gristmill quickstart [OPTIONS]"),
+    ],
+)
+def test_help_says_which_words_a_command_takes(command, usage, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([*command.split(), "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {usage}\n\n")
+
+
 def test_numbers_booleans_and_both_option_forms():
     cfg = pretrain("x", "--train.max_tokens", "1_000_000", "--overwrite=True", "--resume", "auto")
     assert (cfg.train.max_tokens, cfg.overwrite, cfg.resume) == (1_000_000, True, "auto")
