@@ -52,16 +52,24 @@ def prepare(cfg: Prepare) -> None:
     elif cfg.layout == "status":
         status.show(cfg.output_dir)
     else:
-        for job in jobs(cfg).values():
+        sets = jobs(cfg)
+        made = []
+        for job in sets.values():
             try:
-                _prepare(job)
+                made.append(_prepare(job, following=len(sets) == 1))
             except BrokenPipeError:
                 raise  # whoever read what is printed has left
             except OSError as error:
                 raise write_error(error, job.out) from error
+        if len(sets) > 1 and all(made):
+            print(summary.next_of_sets(cfg.layout, str(cfg.output_dir)))
 
 
-def _prepare(job: Job) -> None:
+def _prepare(job: Job, *, following: bool) -> bool:
+    """Do one job and print what came out, with `following` also what follows; whether it is done.
+
+    It is not where other ranks have to finish it.
+    """
     started = time.monotonic()
     plan = make_plan(job.recipe, job.root, job.inputs)
     if job.out.is_local:
@@ -71,12 +79,13 @@ def _prepare(job: Job) -> None:
         Workspace.open(job.out).close()  # what a process that was killed at its end has left
         again = "--overwrite prepares" if job.out.is_local else "removing it prepares"
         print(f"{job.out.root} is finished already: nothing to do ({again} it anew).")
-        print(summary.text(job.out, made, None))
-        return
+        print(summary.text(job.out, made, None, following=following))
+        return True
     is_whole = not _space(job)[0].committed()
     if made := build(plan, job):
         seconds = time.monotonic() - started
-        print(summary.text(job.out, made, seconds, is_whole=is_whole))
+        print(summary.text(job.out, made, seconds, is_whole=is_whole, following=following))
+    return bool(made)
 
 
 def build(plan: Plan, job: Job) -> Made:

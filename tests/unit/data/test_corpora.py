@@ -138,7 +138,9 @@ def test_one_split_of_slimpajama(tmp_path, run_prepare, tokenizer_dir):
 
 
 @pytest.mark.parametrize("sample", [False, True])
-def test_each_set_of_redpajama_becomes_a_dataset(sample, tmp_path, run_prepare, tokenizer_dir):
+def test_each_set_of_redpajama_becomes_a_dataset(
+    sample, tmp_path, run_prepare, tokenizer_dir, capsys
+):
     redpajama = layouts.get("redpajama")
     files = {
         "arxiv": "arxiv/arxiv_1.jsonl",
@@ -154,6 +156,9 @@ def test_each_set_of_redpajama_becomes_a_dataset(sample, tmp_path, run_prepare, 
     for number, name in enumerate(files.values()):
         put(tmp_path / "raw" / name, lines([{"text": text} for text in texts(number)]))
     out = run_prepare("redpajama", tmp_path / "raw", tmp_path / "out", sample=sample)
+    following = [line for line in capsys.readouterr().out.splitlines() if "Next: " in line]
+    mixed = f"--data RedPajama --data.data_path {out}"
+    assert following == [f"Next: gristmill pretrain MODEL {mixed}"]
     assert {path.name for path in out.iterdir() if path.is_dir()} == set(files)
     for number, name in enumerate(files):
         found, frames = framed(out / name, tokenizer_dir)

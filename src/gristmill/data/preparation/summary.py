@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 from gristmill.data.preparation.progress import duration
+from gristmill.data.raw import layouts
 from gristmill.data.storage import Storage
 from gristmill.data.store.manifest import Manifest, Source
 
@@ -46,6 +47,12 @@ def text(
         path = shlex.quote(out.root)
         lines.append(f"Next: gristmill pretrain MODEL --data LitData --data.data_path {path}")
     return "\n".join(lines)
+
+
+def next_of_sets(layout: str, root: str) -> str:
+    """What follows where a corpus became a dataset of each of its sets: a run reads them mixed."""
+    module, path = layouts.get(layout).module, shlex.quote(root)
+    return f"Next: gristmill pretrain MODEL --data {module} --data.data_path {path}"
 
 
 def _left_out(out: Storage, manifest: Manifest) -> list[str]:

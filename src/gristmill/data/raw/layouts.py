@@ -44,6 +44,8 @@ class Layout:
     """The same for the sample that the corpus's makers publish (`--sample`)."""
     splits: Mapping[str, str] = field(default_factory=dict)
     """What `--split` names, with the pattern of its files."""
+    module: str = "LitData"
+    """Data module that reads what was prepared."""
     fetch: str = ""
     """Command that downloads the corpus, empty where there is no such corpus."""
 
@@ -124,6 +126,7 @@ _ALL = (
         "bos",
         parts={name: f"**/{name}/**/{files}" for name, files in _REDPAJAMA_FILES.items()},
         sample_parts={f"{name}_sample": f"**/{name}_sample.jsonl" for name in _REDPAJAMA_SAMPLE},
+        module="RedPajama",
         fetch="gristmill download togethercomputer/RedPajama-Data-1T-Sample --repo_type dataset "
         "--out_dir data/RedPajama-Data-1T-Sample",
     ),
