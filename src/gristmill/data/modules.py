@@ -321,7 +321,8 @@ def _cached(
     if _is_whole(out, recipe):
         print(f"using {path} as prepared before in {out}")
         return out
-    print(f"preparing {path}: {len(inputs):,} files, {size / 1e6:,.1f} MB", file=sys.stderr)
+    files = summary.count(len(inputs), "file")
+    print(f"preparing {path}: {files}, {size / 1e6:,.1f} MB", file=sys.stderr)
     started = time.monotonic()
     job = Job(
         recipe=recipe,

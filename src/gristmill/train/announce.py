@@ -69,9 +69,9 @@ def _data(job: Job) -> str:
     """Samples, how often each source will be read, and what is held out."""
     total = job.length.total_steps * job.length.global_batch_size
     read = dict(zip(job.source_names, job.train.epochs(total), strict=True))
-    epochs = f"{read[job.source_names[0]]:.2f} epochs"
+    epochs = f"{read[job.source_names[0]]:,.2f} epochs"
     if len(read) > 1:
-        epochs = "epochs: " + ", ".join(f"{name} {times:.2f}" for name, times in read.items())
+        epochs = "epochs: " + ", ".join(f"{name} {times:,.2f}" for name, times in read.items())
     text = f"{job.train.num_samples:,} samples, {epochs}; validation: "
     text += f"{job.val.num_samples:,} samples" if job.val else "none"
     often = [name for name, times in read.items() if times > MANY_EPOCHS]

@@ -273,6 +273,7 @@ def _why_not(folder: Path) -> str:
             f"gristmill data import {folder} --copy --output_dir NEW"
         )
     return (
-        f"{folder} is no dataset (neither manifest.json nor index.json is there). raw text is "
-        "named as --data TextFiles --data.train_data_path, or made one by `gristmill prepare`."
+        f"{folder} is no dataset (neither manifest.json nor index.json is there). make one of raw "
+        f"text: gristmill prepare. pretraining also takes the text itself: --data TextFiles "
+        f"--data.train_data_path {folder}"
     )
