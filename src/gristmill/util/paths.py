@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 DOWNLOADS = "checkpoints"
+FILES = (".bin", ".ckpt", ".gguf", ".json", ".model", ".pt", ".pth", ".safetensors")
+"""How files end; no repository of the hub is meant by such a name."""
 
 
 def resolve_model_dir(path: str | os.PathLike[str]) -> Path:
@@ -38,12 +40,12 @@ def download_command(path: str | os.PathLike[str]) -> str | None:
     """The command that downloads what is not at `path`; None for a path the hub has no name for.
 
     Names of the hub are ORG/NAME or NAME, under `checkpoints/` or not; a folder that is there with
-    something else in it is none.
+    something else in it is none, nor is a file's name.
     """
     parts = Path(path).parts
     name = "/".join(parts[parts[:1] == (DOWNLOADS,) :])
     local = parts[:1] != (DOWNLOADS,) and len(parts) == 2 and Path(parts[0]).is_dir()
-    if local or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if local or name.endswith(FILES) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         return None
     return f"gristmill download {name}"
 
