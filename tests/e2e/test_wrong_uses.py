@@ -93,6 +93,14 @@ def test_unknown_model_shows_the_nearest(refused, novel, tokenizer):
     refused(["pretrain", "pythia-14b", *data], "'pythia-14b'", "pythia-14m", "pretrain list")
 
 
+def test_a_named_model_is_not_changed_by_options(refused, pretrain):
+    argv = [pretrain[0], "pythia-14m", *pretrain[1:]]
+    message = refused(
+        argv, "does not change pythia-14m", "Leave out pythia-14m, or --model_config."
+    )
+    assert "Try:" not in message  # which of the two was meant is not known
+
+
 def test_no_model(refused, pretrain):
     argv = [pretrain[0], *pretrain[1 + len(TINY) :]]
     refused(argv, "no model", "gristmill pretrain list")

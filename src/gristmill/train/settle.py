@@ -235,9 +235,9 @@ def _model(cfg: Pretrain) -> ModelConfig:
         model = cfg.model_config
         if cfg.model_name is not None and model.name == ModelConfig().name:
             raise UserError(
-                f"--model_config describes a whole model and does not change {cfg.model_name}. "
-                "Leave out the name, or give the model of --model_config a name of its own.",
-                {"--model_config.name": f"my-{cfg.model_name.rpartition('/')[2]}"},
+                f"--model_config describes a whole model and does not change {cfg.model_name}: "
+                "what it leaves out has its default (`gristmill pretrain --model_config.help`). "
+                f"Leave out {cfg.model_name}, or --model_config."
             )
     elif cfg.model_name is not None and ":" in cfg.model_name:
         model = load_named("--model_name", cfg.model_name)
