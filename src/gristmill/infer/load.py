@@ -400,15 +400,8 @@ def emit(text: str) -> None:
     """Show the model's text: on stdout, at once.
 
     On a terminal, control characters are shown as pictures: they could move the cursor, or worse.
-    What the output's encoding does not have is shown as a question mark.
     """
-    shown = visible(text) if sys.stdout.isatty() else text
-    try:
-        sys.stdout.write(shown)
-    except UnicodeEncodeError:
-        # Not the error's own encoding: that is "charmap" for every table of 256 characters.
-        encoding = sys.stdout.encoding
-        sys.stdout.write(shown.encode(encoding, "replace").decode(encoding))
+    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

@@ -183,11 +183,15 @@ def micro_batch(
     return size, kind
 
 
+PROCESS_BYTES = 0.5e9
+"""What a process on a CPU takes before it has a model: Python, torch, its compiler."""
+
+
 def _memory_bytes(device: torch.device, processes: int) -> float:
     """What each of the machine's processes can have."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return host_memory_bytes() / processes
+    return host_memory_bytes() / processes - PROCESS_BYTES
 
 
 def check_disk(job: Job) -> None:

@@ -1,4 +1,3 @@
-import io
 import re
 import sys
 
@@ -7,7 +6,7 @@ import pytest
 from gristmill.config.use_commands import Chat
 from gristmill.infer.chat import chat
 from gristmill.infer.conversation import Conversation
-from gristmill.infer.load import emit, load
+from gristmill.infer.load import load
 from gristmill.models.decoding import Context
 from gristmill.util.errors import UserError
 
@@ -334,17 +333,3 @@ def test_input_that_is_no_text_is_told(base_model, tmp_path, monkeypatch, capsys
         run(base_model)
     with pytest.raises(UserError, match="no model given.*gristmill chat out/quickstart"):
         chat(Chat())
-
-
-@pytest.mark.parametrize(
-    ("encoding", "text", "expected"),
-    [
-        ("latin-1", "caf\u00e9 \u4e2d", b"caf\xe9 ?"),
-        ("koi8-r", "\u0434\u0430 \u00e9", b"\xc4\xc1 ?"),
-    ],
-)
-def test_an_output_without_the_characters(monkeypatch, encoding, text, expected):
-    written = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding=encoding))
-    emit(text)
-    assert written.getvalue() == expected
