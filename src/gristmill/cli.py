@@ -326,6 +326,9 @@ def _dispatch(words: list[str]) -> int:
     listing = _listing(command, rest)
     if listing is not None:
         print("\n".join(_load(listing)()))
+        if not rest:
+            sys.stdout.flush()
+            print(f"Names that it knows; for more: gristmill {name} --help", file=sys.stderr)
         return 0
     from gristmill.config.parse import parse
 
