@@ -108,7 +108,7 @@ class LoadedModel:
 
     def cached_rows(self, length: int) -> int:
         """How many texts of such a length fit into that quarter."""
-        return self._cache_memory() // max(1, self._cache_bytes(1, length))
+        return self._cache_memory() // self._cache_bytes(1, length)
 
     def _cache_bytes(self, rows: int, length: int) -> int:
         width = 4 if self.precision == "32-true" else 2

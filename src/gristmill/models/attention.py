@@ -70,7 +70,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 tables,
-                (*cache.tensors, cache.rows, cache.positions),
+                (*cache.tensors, cache.rows, cache.places),
                 window=self.window,
                 scale=self.scale or self.head_size**-0.5,
                 softcap=self.softcap,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gristmill.config.use_commands import Sampling
-from gristmill.models.cache import MARGIN, PREFILL_TOKENS, KVCache, RowsCache, attends_directly
+from gristmill.models.cache import PREFILL_TOKENS, KVCache, RowsCache, attends_directly
 from gristmill.models.decoder import Decoder
 from gristmill.models.decoding import check_prompt, check_sampling, compile_blocks, eager_if
 from gristmill.models.device import autocast
@@ -128,8 +128,7 @@ class Batch:
         lengths = [len(ids) for ids in prompts[start : last + 1]]
         padded = max(lengths) * len(lengths)
         neighbours = rows[last] == rows[start] + last - start
-        if self._cache.window is not None and max(lengths) - min(lengths) > MARGIN:
-            return False  # the shortest could lose its window
+        # Each buffer has room for so many from its beginning: none moves, whatever the lengths.
         return neighbours and padded <= min(PREFILL_TOKENS, 1.25 * sum(lengths))
 
     @torch.inference_mode()

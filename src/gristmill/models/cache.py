@@ -30,7 +30,7 @@ NOWHERE = sys.maxsize
 
 def cache_room(window: int | None, max_length: int) -> int:
     """How many positions a block with such a window has memory for, in texts of `max_length`."""
-    # The last is where a row without a next token computes to.
+    # A token looks at window - 1 others: one is left, where a row without a next token writes.
     return max_length if window is None else min(max_length, window + MARGIN + PREFILL_TOKENS)
 
 
@@ -47,11 +47,11 @@ class KVCache:
     """Room for `max_length` positions of `batch_size` sequences; `length` positions are filled.
 
     `blocks` are the tensors of each block, those of `config.cached_heads`, [B, heads, room, width]:
-    keys and values, or under latent attention one vector that both are made from. One forward of
-    the decoder with the cache appends its tokens, at most `at_once`. Setting `length` back, where
-    the cache still `keeps` what is needed there, forgets the positions behind it (their memory is
-    overwritten by the next forward). `context` is how long a text read in pieces is in all, where
-    that is known: some kinds of rotation depend on it.
+    keys and values, or under latent attention one vector that both are made from. A forward of the
+    decoder with the cache appends its tokens, `at_once` of them at a time. Setting `length` back,
+    where the cache still `keeps` what is needed there, forgets the positions behind it (their
+    memory is overwritten by the next forward). `context` is how long a text read in pieces is in
+    all, where that is known: some kinds of rotation depend on it.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class KVCache:
     def length(self, length: int) -> None:
         if length == 0:
             self._begin_at(self._rows, 0)
+            self.context = 0
         assert self.keeps(length), "the positions before it are there"
         self._length = length
 
@@ -103,7 +104,10 @@ class KVCache:
         return max(self._first[r] for r in rows) <= max(0, length + 1 - self.window)
 
     def part(self, start: int, stop: int, length: int = 0) -> KVCache:
-        """The same memory of its sequences from `start` to `stop`, as a cache of its own."""
+        """The same memory of its sequences from `start` to `stop`, as a cache of its own.
+
+        It goes on behind their first `length` positions; what they hold behind these is forgotten.
+        """
         own = KVCache.__new__(KVCache)
         own.blocks = [tuple(tensor[start:stop] for tensor in block) for block in self.blocks]
         own.windows, own.window, own.at_once = self.windows, self.window, self.at_once
@@ -127,11 +131,12 @@ class KVCache:
         return position - self._first[self._rows[row]]
 
     def make_room(self, rows: range, length: int, count: int) -> None:
-        """Have `count` positions fit behind the `length` that each of these rows has."""
+        """Have `count` positions fit behind the `length` of each of these rows, which are alike."""
         assert length + count <= self.max_length, f"no room for {length + count} positions"
         if self.window is None:
             return
         first = self._first[self._rows[rows.start]]
+        assert first <= max(0, length + 1 - self.window), "the positions before it are there"
         if length + count - first < cache_room(self.window, self.max_length):
             return
         owners = self._rows[rows.start : rows.stop]
@@ -159,7 +164,7 @@ class KVCache:
 
 
 class LayerCache:
-    """One block's tensors [B, heads, room, width], what is looked at up to index `start`."""
+    """One block's tensors [B, heads, room, width], of which the first `start` are filled."""
 
     __slots__ = ("start", "tensors")
 
@@ -213,7 +218,11 @@ class RowsCache:
             end = max(index for index in indices if index is not None) + 1
             last = cache_room(window, cache.max_length) - 1
             places = [last if index is None else index for index in indices]
-            self._places[window] = torch.tensor(places, device=device), end
+            alike = places == list(positions)  # making a tensor takes a while
+            self._places[window] = (
+                self.positions if alike else torch.tensor(places, device=device),
+                end,
+            )
 
     def masks(self, windows: Collection[int | None]) -> dict[int | None, Tensor | None]:
         """Who looks at what in blocks with each kind of window, bool [n, 1, 1, end] (None: all)."""
@@ -245,18 +254,18 @@ def attends_directly(config: ModelConfig, cache: KVCache) -> bool:
 
 
 class LayerRows:
-    """One block's tensors and where in them the new tokens' rows go.
+    """One block's tensors, and at which index of them (`places`) the new token of each row goes.
 
     `direct`: there is a kernel that turns, writes and attends in one. The tensors are then those of
     all sequences, [B, heads, room, width], else those of the n computed.
     """
 
-    __slots__ = ("direct", "end", "positions", "rows", "tensors")
+    __slots__ = ("direct", "end", "places", "rows", "tensors")
 
     def __init__(
-        self, tensors: tuple[Tensor, ...], rows: Tensor, positions: Tensor, end: int, direct: bool
+        self, tensors: tuple[Tensor, ...], rows: Tensor, places: Tensor, end: int, direct: bool
     ) -> None:
-        self.tensors, self.rows, self.positions = tensors, rows, positions
+        self.tensors, self.rows, self.places = tensors, rows, places
         self.end, self.direct = end, direct
 
     @property
@@ -266,7 +275,7 @@ class LayerRows:
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """The first `end` positions, as views, after writing a [n, heads, 1, width] to each."""
-        row = torch.arange(len(self.positions), device=self.positions.device)
+        row = torch.arange(len(self.places), device=self.places.device)
         for tensor, part in zip(self.tensors, new, strict=True):
-            tensor[row, :, self.positions] = part.squeeze(2).to(tensor.dtype)
+            tensor[row, :, self.places] = part.squeeze(2).to(tensor.dtype)
         return tuple(tensor[:, :, : self.end] for tensor in self.tensors)

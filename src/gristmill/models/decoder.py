@@ -97,7 +97,7 @@ class Block(nn.Module):
             (own["attn_norm"], own["mlp_norm"]),
             (*(parts[name] for name in "qkvo"), mlp["gate"], mlp["up"], mlp["down"]),
             tables,
-            (*cache.tensors, cache.rows, cache.positions),
+            (*cache.tensors, cache.rows, cache.places),
             window=attn.window,
             scale=attn.scale or attn.head_size**-0.5,
             softcap=attn.softcap,
@@ -298,14 +298,16 @@ class Decoder(nn.Module):
         start = 0 if cache is None else cache.length
         length = tokens.shape[1]
         context: int | Tensor = start + length
+        if documents is None and positions is None:
+            self._check_fits(start + length)
         if cache is not None:
+            assert start + length <= cache.max_length, f"no room for {start + length} positions"
             context = cache.context = max(start + length, cache.context)
             if length > cache.at_once:
                 return self._run_parts(tokens, positions, cache), []
         if documents is not None:
             positions, context = positions_within(documents), lengths_within(documents)
         elif positions is None:
-            self._check_fits(start + length)
             positions = torch.arange(start, start + length, device=tokens.device)
         caches = None if cache is None else cache.behind(length)
         starts = dict.fromkeys(self.config.windows, 0)

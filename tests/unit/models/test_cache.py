@@ -9,7 +9,7 @@ from tests.unit.models.test_decoding import SHAPES, tiny
 from gristmill.config.model import RopeScaling
 from gristmill.models import cache as caches
 from gristmill.models.batching import Batch
-from gristmill.models.cache import KVCache, LayerCache, kv_cache_bytes
+from gristmill.models.cache import KVCache, LayerCache, RowsCache, kv_cache_bytes
 from gristmill.models.decoding import Context
 from gristmill.models.forest import Beginning, Forest, forest_hidden
 from gristmill.models.zoo import get
@@ -90,6 +90,8 @@ def test_pieces_turn_as_the_whole_text_does(monkeypatch):
     tokens, cache = torch.tensor([some_ids(60)]), KVCache(model.config, 1, CONTEXT)
     cache.context = 60
     torch.testing.assert_close(model(tokens, cache=cache), model(tokens), **close)
+    cache.length = 0
+    torch.testing.assert_close(model(tokens[:, :20], cache=cache), model(tokens[:, :20]), **close)
 
 
 def read_lengths(model):
@@ -172,15 +174,18 @@ def test_what_an_interrupt_leaves_is_read_again(model, monkeypatch, place, time)
 
 @torch.no_grad()
 def test_prompts_of_unlike_length_beside_each_other(model, monkeypatch):
-    monkeypatch.setattr("gristmill.models.batching.MARGIN", caches.MARGIN)
-    prompts = [some_ids(count, count) for count in (50, 47, 49, 30, 28, 36, 5)]
+    for module in ("cache", "batching"):
+        monkeypatch.setattr(f"gristmill.models.{module}.PREFILL_TOKENS", 50)
+    prompts = [some_ids(count, count) for count in (25, 17, 19, 13, 12, 36, 5)]
     batch = Batch(model, len(prompts), CONTEXT)
     rows = list(range(len(prompts)))
     logits = batch.put_all(rows, prompts)
-    following = batch.step(rows, rows)
+    for _ in range(50):  # the buffers move one after the other
+        following = batch.step(rows, rows)
     for row, ids in enumerate(prompts):
         torch.testing.assert_close(logits[row][None], alone(model, ids), **close)
-        torch.testing.assert_close(following[row][None], alone(model, [*ids, row]), **close)
+        whole = [*ids, *[row] * 50]
+        torch.testing.assert_close(following[row][None], alone(model, whole), **close)
 
 
 @torch.no_grad()
@@ -206,3 +211,16 @@ def test_memory_is_for_windows_not_for_texts():
     assert gemma.windows.count(512) == 22
     assert long == (4 * 32768 + 22 * (512 + 128 + 1024)) * width
     assert short == 26 * 1024 * width
+
+
+@torch.no_grad()
+def test_a_token_behind_what_is_not_kept_is_refused(model):
+    cache = KVCache(model.config, 1, CONTEXT)
+    model(torch.tensor([some_ids(70)]), cache=cache)
+    with pytest.raises(AssertionError, match="are there"):
+        cache.length = 20
+    with pytest.raises(AssertionError, match="are there"):
+        RowsCache(model.config, cache, [0], [20])
+    with pytest.raises(AssertionError, match="no room for 100 positions"):
+        model(torch.tensor([some_ids(30)]), cache=cache)
+    assert cache.length == 70
