@@ -39,6 +39,15 @@ def test_a_run(world, capsys):
         f"gristmill chat {world / 'run'}",
     ):
         assert words in page
+    assert "going on" not in page
+
+
+def test_a_stopped_run_says_that_its_command_goes_on(own_run, capsys):
+    (own_run / "step-00000020").rename(own_run.parent / "gone")
+    assert main(["inspect", str(own_run)]) == 0
+    page = capsys.readouterr().out
+    assert "of 20 steps" in page
+    assert "going on      the command that it was started with" in page
 
 
 def test_a_run_for_programs(world, look):

@@ -68,6 +68,8 @@ def _training(training: dict[str, Any]) -> Iterator[tuple[str, str]]:
         newest = f", the newest is {names[0]}" if names else ""
         final = ", and final/" if training["final"] else ""
         yield "checkpoints", f"{len(names)}{newest}{final}"
+        if training.get("step", 0) < training.get("total_steps", 0):
+            yield "going on", "the command that it was started with goes on from there"
     if training.get("unfinished"):
         yield "unfinished", f"{', '.join(training['unfinished'])} (left by a save that was killed)"
 
