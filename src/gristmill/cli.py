@@ -326,7 +326,7 @@ def _dispatch(words: list[str]) -> int:
     listing = _listing(command, rest)
     if listing is not None:
         print("\n".join(_load(listing)()))
-        if not rest:
+        if not rest and sys.stdout.isatty():
             sys.stdout.flush()
             print(f"Names that it knows; for more: gristmill {name} --help", file=sys.stderr)
         return 0

@@ -211,7 +211,9 @@ def test_machines_leave_and_join(own_nodes, world, tmp_path):
 
     wait_for((out / "at-6").exists)
     assert worlds() == [2]
+    assert len(ranks_of(out)) == 2
     own_nodes.remove()
+    wait_for(lambda: len(ranks_of(out)) < 2)  # it goes with its machine, but not at once
     (out / "after-6").touch()
     wait_for((out / "at-10").exists)
     assert worlds() == [2, 1]
