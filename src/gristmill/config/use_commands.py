@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 from gristmill.config.sections import Auto, Precision
 
+Compile = Literal["auto", "off"] | bool
+"""Whether the decoding step is compiled; auto goes on without where that fails."""
+
 
 @dataclass(kw_only=True)
 class Sampling:
@@ -61,7 +64,7 @@ class Loading:
 class Writing(Loading, Sampling):
     """What both commands have that show a text as it is written."""
 
-    compile: Literal["auto", "off"] | bool = "off"
+    compile: Compile = "off"
     """Compile the decoding step: auto goes on without where that fails, true does not."""
 
 

@@ -46,8 +46,7 @@ def generate(cfg: Generate) -> None:
 
     The texts are on stdout or in the file of `output`. Everything else is on stderr, the prompt
     included, so that a terminal shows the whole text, as does a log of both, and a pipe gets the
-    continuation alone.
-    Sample i is drawn with seed + i.
+    continuation alone. Sample i is drawn with seed + i.
     """
     _check(cfg)
     prompts = read_prompts(cfg.prompt, cfg.prompt_file)

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from gristmill.config.use_commands import Loading, Sampling
+from gristmill.config.use_commands import Compile, Loading, Sampling
 from gristmill.formats.model_dir import load_model
 from gristmill.formats.tokenizer_files import load_tokenizer
 from gristmill.infer.quantize import quantize as round_weights
@@ -60,23 +60,24 @@ class LoadedModel:
         """Longest sequence in tokens, prompt and reply together."""
         return self.model.config.max_seq_length
 
-    def context(self, *, compiled: Literal["auto", "off"] | bool = "off") -> Context:
+    def context(self, *, compiled: Compile = "off") -> Context:
         """An empty key-value cache for one sequence, its decoding step compiled if asked for.
 
         `auto` goes on without where that fails, True raises UserError.
         """
         autocast = autocast_dtype(self.precision)
         context = Context(self.model, autocast=autocast)
-        if compiled in ("auto", True):
-            self._compile(context, must=compiled is True)
+        self._compile(context, compiled)
         return context
 
     @staticmethod
-    def _compile(decoding: Context | Batch, *, must: bool) -> None:
+    def _compile(decoding: Context | Batch, compiled: Compile) -> None:
+        if compiled not in ("auto", True):
+            return
         note("Compiling the decoding step …")
         start = time.perf_counter()
         reason = decoding.compile()
-        if reason and must:
+        if reason and compiled is True:
             raise UserError(f"cannot compile ({reason}). leave --compile out.")
         note(
             f"Not compiled ({reason}); going on without."
@@ -89,7 +90,7 @@ class LoadedModel:
         rows: int,
         max_length: int | None = None,
         *,
-        compiled: Literal["auto", "off"] | bool = "off",
+        compiled: Compile = "off",
     ) -> Batch:
         """Room for `rows` sequences decoded together, each up to `max_length` (unset: limit).
 
@@ -97,8 +98,7 @@ class LoadedModel:
         """
         autocast = autocast_dtype(self.precision)
         batch = Batch(self.model, rows, max_length or self.limit, autocast=autocast)
-        if compiled in ("auto", True):
-            self._compile(batch, must=compiled is True)
+        self._compile(batch, compiled)
         return batch
 
     def cached_length(self, rows: int) -> int:

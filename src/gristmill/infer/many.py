@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from gristmill.config.use_commands import Sampling
+from gristmill.config.use_commands import Compile, Sampling
 from gristmill.infer.load import LoadedModel, TextDecoder, check_options
 from gristmill.models.batching import Batch, generate_batch
 from gristmill.models.decoding import check_prompt
@@ -71,7 +70,7 @@ def write_texts(
     sampling: Sampling,
     *,
     rows: int,
-    compiled: Literal["auto", "off"] | bool = "off",
+    compiled: Compile = "off",
 ) -> Iterator[tuple[int, str | Ending]]:
     """(number of the task, piece of its text) as they come, and (number, Ending) at the end of it.
 

@@ -313,10 +313,8 @@ class Decoder(nn.Module):
         starts = dict.fromkeys(self.config.windows, 0)
         if caches is not None:
             starts = {w: kept.start for w, kept in zip(self.config.windows, caches, strict=True)}
-        masks, tables = (
-            self._masks(starts, length, tokens.device, documents),
-            self._tables(positions, context),
-        )
+        masks = self._masks(starts, length, tokens.device, documents)
+        tables = self._tables(positions, context)
         out = self._through_blocks(self._embedded(tokens, positions), tables, masks, caches)
         if cache is not None:
             cache.length += length
